@@ -6,6 +6,9 @@
 pub(crate) mod workload;
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hasher as _};
+use std::io::{self, Write};
+use std::iter;
 use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
@@ -393,16 +396,37 @@ pub(crate) fn store_emulators(
     if records.is_empty() {
         return Ok(());
     }
-    // Headers and padding of each record, and of the stream.
-    let bytes = records.iter().map(|record| record.body_bytes() + 16);
-    let bytes = usize::try_from(bytes.sum::<u64>() + 64).context("the emulators' records")?;
-    let mut stream = LibxlWriter::new(Vec::with_capacity(bytes), LIBXL_HEADER)?;
-    stream.write(&LibxlRecord::LibxcContext)?;
-    for record in records {
-        stream.write(record)?;
+    // Written directly: they may be long.
+    Ok(host.set_emulators(domain, &mut |file| write_emulators(records, file))?)
+}
+
+fn write_emulators(records: &[LibxlRecord], file: &mut dyn Write) -> io::Result<()> {
+    let mut stream = LibxlWriter::new(file, LIBXL_HEADER)?;
+    let framed = iter::once(&LibxlRecord::LibxcContext)
+        .chain(records)
+        .chain(iter::once(&LibxlRecord::End));
+    for record in framed {
+        stream.write(record).map_err(io::Error::other)?;
     }
-    stream.write(&LibxlRecord::End)?;
-    Ok(host.set_emulators(domain, &stream.into_sink())?)
+    Ok(())
+}
+
+/// A hash of emulator records, to notice that they have changed without keeping them.
+pub(crate) fn hash_emulators(records: &[LibxlRecord]) -> io::Result<u64> {
+    struct Hashed(DefaultHasher);
+    impl Write for Hashed {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.write(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut hashed = Hashed(DefaultHasher::new());
+    write_emulators(records, &mut hashed)?;
+    Ok(hashed.0.finish())
 }
 
 /// The emulator records stored with a domain.

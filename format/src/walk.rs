@@ -565,6 +565,11 @@ impl<R: Read> Around<R> {
         &self.before
     }
 
+    /// Takes these records out, because they may be long.
+    pub fn take_before(&mut self) -> Vec<LibxlRecord> {
+        mem::take(&mut self.before)
+    }
+
     /// Reads the libxl records of a checkpoint, up to CHECKPOINT_END. Returns them without
     /// CHECKPOINT_END and optional ones, and the total size of all. The libxc layer has just read a
     /// CHECKPOINT, which ends `offset` bytes into the file; `source` is positioned after it. A bare

@@ -15,6 +15,7 @@ mod error;
 mod lock;
 
 use std::fmt;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -339,13 +340,18 @@ pub trait DomainStore: Host {
     /// [`DomainStoreError::Storage`].
     fn emulators(&self, domain: DomainRef) -> Result<Option<Vec<u8>>, DomainStoreError>;
 
-    /// Stores the records of the domain's emulators, replacing earlier ones.
+    /// Stores what `write` writes as the records of the domain's emulators, replacing earlier ones.
+    /// They may be long: a store that has files needs no copy of them in memory.
     ///
     /// # Errors
     ///
-    /// [`DomainStoreError::TooLarge`] and [`DomainStoreError::Storage`]. The earlier records
-    /// are still kept then.
-    fn set_emulators(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError>;
+    /// [`DomainStoreError::TooLarge`] and [`DomainStoreError::Storage`], also if `write` fails. The
+    /// earlier records are still kept then.
+    fn set_emulators(
+        &self,
+        domain: DomainRef,
+        write: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), DomainStoreError>;
 
     /// Parts of the domain that a save with this store's hypervisor alone does not save: its
     /// devices, by the names that libxl and the guest use (`vbd/51712`), and vNUMA. The console is

@@ -49,6 +49,7 @@ mod wake;
 mod workload;
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -60,7 +61,7 @@ use self::domain::MockDomain;
 use self::machine::Machine;
 use self::place::Place;
 use self::sharing::{Locks, Opened};
-use self::state::{CPUID_LEAVES, Dom, HVM_CONTEXT, POLICY_MSRS, Record, USERDATA, Vcpu};
+use self::state::{CPUID_LEAVES, Dom, HVM_CONTEXT, POLICY_MSRS, Record, Vcpu};
 use self::store::{DOMAINS, FORMAT, HOST, Store};
 use crate::error::BackendError;
 use crate::{
@@ -364,10 +365,21 @@ impl MockHost {
     ///
     /// [`MockError::BadName`] for the key; ESRCH.
     pub fn userdata_store(&self, domid: DomId, key: &str, data: &[u8]) -> Result<(), MockError> {
+        self.keep_userdata(domid, key, &mut |file| file.write_all(data))
+    }
+
+    /// As [`MockHost::userdata_store`], of what `write` writes.
+    fn keep_userdata(
+        &self,
+        domid: DomId,
+        key: &str,
+        write: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), MockError> {
         check_name(key)?;
         let domain = self.mock_domain(domid)?;
-        domain.change("userdata", |state| {
-            domain.put_blob(state, &format!("{USERDATA}{key}"), data.to_vec())
+        domain.look("userdata", |_| {
+            let saved = self.machine.store.save_userdata(domid, key, write);
+            saved.map_err(|error| domain::storage_errno(&error))
         })?;
         phase("userdata");
         Ok(())
@@ -380,8 +392,10 @@ impl MockHost {
     /// ESRCH.
     pub fn userdata_get(&self, domid: DomId, key: &str) -> Result<Option<Vec<u8>>, MockError> {
         let domain = self.mock_domain(domid)?;
-        let name = format!("{USERDATA}{key}");
-        Ok(domain.look("userdata", |state| Ok(state.blobs.get(&name).cloned()))?)
+        Ok(domain.look("userdata", |_| {
+            let loaded = self.machine.store.load_userdata(domid, key);
+            loaded.map_err(|error| domain::storage_errno(&error))
+        })?)
     }
 
     /// The settings that a domain was created with.

@@ -466,12 +466,16 @@ fn a_change_that_cannot_be_kept_is_none() {
         domain.suspend().unwrap();
         refused(&|| errno(domain.resume()));
         domain.resume().unwrap();
-        refused(&|| match host.userdata_store(domid, "key", b"value") {
-            Err(MockError::Backend(error)) => Some(error.errno),
-            _ => None,
-        });
+        // User data is a file of its own.
+        let userdata_in_the_way = state.join("blobs/userdata-key.new");
+        fs::create_dir(&userdata_in_the_way).unwrap();
+        match host.userdata_store(domid, "key", b"value") {
+            Err(MockError::Backend(error)) => assert_eq!(error.errno, Errno::EIO),
+            other => panic!("{other:?}"),
+        }
+        fs::remove_dir(&userdata_in_the_way).unwrap();
+        assert_eq!(host.userdata_get(domid, "key").unwrap(), None);
         // The files are restored too.
-        assert!(!state.join("blobs/userdata-key").exists());
         let context = fs::read(state.join("blobs/vcpu0-basic")).unwrap();
         assert_eq!(context, domain.vcpu_state(0, VcpuBlob::Basic).unwrap());
     }

@@ -310,7 +310,7 @@ impl<'a> Image<'a> {
 
     /// Create the domain and fill it. It is paused afterwards.
     pub(crate) fn build(
-        self,
+        mut self,
         host: &Hypervisor,
         named: Named,
         threads: Option<NonZeroUsize>,
@@ -319,13 +319,8 @@ impl<'a> Image<'a> {
     ) -> Result<Made> {
         let mut made = self.plan.make(host, named)?;
         // Emulator records may come before or after the libxc stream.
-        let mut emulators: Vec<LibxlRecord> = self
-            .around
-            .before()
-            .iter()
-            .filter(|r| of_emulator(r))
-            .cloned()
-            .collect();
+        let mut emulators = self.around.take_before();
+        emulators.retain(of_emulator);
         let rings = made.rings()?;
         let domain = made.domain.as_ref();
         let mut toolstack = direct::Toolstack {

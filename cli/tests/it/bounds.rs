@@ -306,17 +306,31 @@ fn an_optional_record_of_libxl() {
     });
 }
 
+/// A record with the state of an emulator.
+fn emulator(image: &mut Image, bytes: u32) {
+    image.word(EMULATOR_CONTEXT);
+    image.word(bytes);
+    image.long(2);
+    image.hole(u64::from(bytes) - 8);
+}
+
 #[test]
 fn state_of_an_emulator() {
     each("emulator", 0, 1, |path| {
         let mut image = hvm(path);
         image.pages(&[NOTAB]);
-        image.end(|image| {
-            image.word(EMULATOR_CONTEXT);
-            image.word(48 << 20);
-            image.long(2);
-            image.hole((48 << 20) - 8);
-        });
+        image.end(|image| emulator(image, 120 << 20));
+    });
+}
+
+#[test]
+fn state_of_an_emulator_before_the_memory() {
+    each("emulator-before", 0, 1, |path| {
+        let config = format!("{}}}", config("hvm", 1));
+        let before = |image: &mut Image| emulator(image, 120 << 20);
+        let mut image = Image::wrapped(path, Guest::Hvm, config.as_bytes(), before);
+        image.pages(&[NOTAB]);
+        image.end(|_| {});
     });
 }
 

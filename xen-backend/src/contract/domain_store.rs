@@ -3,6 +3,7 @@
 //! All names and UUIDs start with the same letters, so that domains left by a killed suite can be
 //! recognised.
 
+use std::io;
 use std::time::Duration;
 
 use xsr_format::frame::Gfn;
@@ -230,7 +231,7 @@ fn every_method(
         ("configuration", store.configuration(domain).map(drop)),
         ("set_configuration", store.set_configuration(domain, b"{}")),
         ("emulators", store.emulators(domain).map(drop)),
-        ("set_emulators", store.set_emulators(domain, b"")),
+        ("set_emulators", set_emulators(store, domain, b"")),
         ("introduce", store.introduce(domain, &introduction)),
         ("forget", store.forget(domain)),
         ("lock", store.lock(domain, "contract").map(drop)),
@@ -430,17 +431,40 @@ fn configuration(store: &dyn DomainStore) -> Result<(), Violation> {
     }
 }
 
+fn set_emulators(
+    store: &dyn DomainStore,
+    domain: DomainRef,
+    bytes: &[u8],
+) -> Result<(), DomainStoreError> {
+    // In two parts, as a writer of records does.
+    let (head, tail) = bytes.split_at(bytes.len() / 2);
+    store.set_emulators(domain, &mut |file| {
+        file.write_all(head)?;
+        file.write_all(tail)
+    })
+}
+
 fn emulators(store: &dyn DomainStore) -> Result<(), Violation> {
     let guest = Guest::named(store, 1, "emulated")?;
     equal(&store.emulators(guest.domain)?, &None, "before")?;
     store.set_configuration(guest.domain, b"configuration")?;
     for value in values() {
-        store.set_emulators(guest.domain, &value)?;
+        set_emulators(store, guest.domain, &value)?;
         ensure(
             store.emulators(guest.domain)? == Some(value),
             "the same bytes",
         )?;
     }
+    let last = store.emulators(guest.domain)?;
+    let fails = store.set_emulators(guest.domain, &mut |file| {
+        file.write_all(b"half of it")?;
+        Err(io::Error::other("the rest is missing"))
+    });
+    ensure(
+        matches!(fails, Err(DomainStoreError::Storage { .. })),
+        "a writer that fails is an error",
+    )?;
+    equal(&store.emulators(guest.domain)?, &last, "the earlier ones")?;
     let kept = store.configuration(guest.domain)?;
     let kept = kept.map(|kept| kept.bytes);
     equal(&kept, &Some(b"configuration".to_vec()), "configuration")
@@ -451,7 +475,7 @@ fn introduce_locked(store: &dyn DomainStore) -> Result<(), Violation> {
     let guest = Guest::new(store, 1)?;
     let lock = store.lock(guest.domain, "restoring")?;
     store.set_configuration(guest.domain, b"configuration")?;
-    store.set_emulators(guest.domain, b"records")?;
+    set_emulators(store, guest.domain, b"records")?;
     guest.introduce("introduced")?;
     equal(&guest.name()?, &Some(full("introduced")), "name")?;
     let kept = store.configuration(guest.domain)?;
@@ -488,7 +512,7 @@ fn forget(store: &dyn DomainStore) -> Result<(), Violation> {
     let guest = Guest::named(store, 1, "forgotten")?;
     let handle = store.open(guest.domain)?;
     store.set_configuration(guest.domain, b"configuration")?;
-    store.set_emulators(guest.domain, b"records")?;
+    set_emulators(store, guest.domain, b"records")?;
     for _ in 0..2 {
         store.forget(guest.domain)?;
         equal(&guest.name()?, &None, "name")?;

@@ -4,7 +4,7 @@
 //! The lock of a domain is one of the host's locks ([`super::sharing`]), so it ends with its
 //! process.
 
-use std::collections::BTreeSet;
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::domain::MockDomain;
+use super::domain::{MockDomain, storage_errno};
 use super::error::MockError;
 use super::sharing::Range;
-use super::state::{Dom, State, USERDATA};
+use super::state::{Dom, State};
 use super::{MockHost, check_name, phase};
 use crate::DomainControl;
 use crate::domain_store::{
@@ -56,9 +56,14 @@ impl MockHost {
             .map_err(failed("reading the user data", domain))
     }
 
-    fn put(&self, domain: DomainRef, key: &str, bytes: &[u8]) -> Result<(), DomainStoreError> {
+    fn put(
+        &self,
+        domain: DomainRef,
+        key: &str,
+        write: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), DomainStoreError> {
         self.named(domain)?;
-        self.userdata_store(domain.domid, key, bytes)
+        self.keep_userdata(domain.domid, key, write)
             .map_err(failed("keeping the user data", domain))
     }
 
@@ -170,15 +175,19 @@ impl DomainStore for MockHost {
     }
 
     fn set_configuration(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError> {
-        self.put(domain, CONFIGURATION, bytes)
+        self.put(domain, CONFIGURATION, &mut |file| file.write_all(bytes))
     }
 
     fn emulators(&self, domain: DomainRef) -> Result<Option<Vec<u8>>, DomainStoreError> {
         self.get(domain, EMULATORS)
     }
 
-    fn set_emulators(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError> {
-        self.put(domain, EMULATORS, bytes)
+    fn set_emulators(
+        &self,
+        domain: DomainRef,
+        write: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), DomainStoreError> {
+        self.put(domain, EMULATORS, write)
     }
 
     fn devices(&self, domain: DomainRef) -> Result<Vec<String>, DomainStoreError> {
@@ -198,27 +207,11 @@ impl DomainStore for MockHost {
 
     fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError> {
         let mock = self.named(domain)?;
-        let keys: BTreeSet<String> = mock
-            .look("userdata", |state| {
-                let names = state.blobs.keys();
-                Ok(names
-                    .filter(|name| name.starts_with(USERDATA))
-                    .cloned()
-                    .collect())
-            })
-            .map_err(gone(domain))?;
         let doing = "removing the user data";
-        let mut state = mock.dom.lock();
-        mock.dom.changes();
-        for key in keys {
-            let removed = self.machine.store.remove_blob(domain.domid, &key);
-            removed.map_err(failed(doing, domain))?;
-            state.blobs.remove(&key);
-        }
-        drop(state);
-        mock.change("rename", |state| {
+        mock.change("forget", |state| {
             state.record.name.clear();
-            Ok(())
+            let removed = self.machine.store.forget_userdata(domain.domid);
+            removed.map_err(|error| storage_errno(&error))
         })
         .map_err(|error| failed(doing, domain)(error.into()))
     }

@@ -7,7 +7,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, BufWriter, Read as _, Write};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{
     DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _,
@@ -230,13 +230,40 @@ impl Place {
     /// Replace the contents of a file by `bytes` atomically: a reader, also after this process has
     /// died, finds the old file or the new one. The data is not synced to the disk.
     pub(super) fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), MockError> {
+        self.replace_with(name, &mut |file| file.write_all(bytes))
+    }
+
+    /// As [`Place::replace`], by what `write` writes.
+    pub(super) fn replace_with(
+        &self,
+        name: &str,
+        write: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), MockError> {
         let temporary = format!("{name}.{NEW}");
         let path = self.path.join(&temporary);
-        let mut file = self.file(&temporary, How::Write)?;
-        file.set_len(0)
-            .and_then(|()| file.write_all(bytes))
+        let file = self.file(&temporary, How::Write)?;
+        let mut file = BufWriter::new(file);
+        file.get_ref()
+            .set_len(0)
+            .and_then(|()| write(&mut file))
+            .and_then(|()| file.flush())
             .map_err(MockError::io("write", path))?;
         self.rename(&temporary, name)
+    }
+
+    /// The length of a file in it, in bytes; `None` if the file does not exist.
+    pub(super) fn length(&self, name: &str) -> Result<Option<u64>, MockError> {
+        match self.file(name, How::Read) {
+            Ok(file) => {
+                let metadata = file.metadata();
+                let metadata = metadata.map_err(MockError::io("read", self.path.join(name)))?;
+                Ok(Some(metadata.len()))
+            }
+            Err(MockError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Rename a file or directory in it.

@@ -121,14 +121,11 @@ pub(super) const HVM_CONTEXT: &str = "hvm-context";
 pub(super) const CPUID_LEAVES: &str = "cpuid-leaves";
 /// Name of the blob that holds the MSRs of the CPU policy.
 pub(super) const POLICY_MSRS: &str = "policy-msrs";
-/// The prefix of the name of a user data blob.
-pub(super) const USERDATA: &str = "userdata-";
-
 /// The mutable state of a domain, under its lock.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) record: Record,
-    /// Contexts, policy and user data by name.
+    /// Contexts and policy by name.
     pub(super) blobs: BTreeMap<String, Vec<u8>>,
 }
 

@@ -27,9 +27,9 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
@@ -64,6 +64,8 @@ pub(super) const DOMAINS: &str = "domains";
 const STATE: &str = "state.json";
 /// The directory of a domain's blobs.
 const BLOBS: &str = "blobs";
+/// The prefix of the name of a user data blob.
+const USERDATA: &str = "userdata-";
 /// The file in a domain's directory that names the command with its lock.
 const HOLDER: &str = "holder";
 /// The suffix of the directory of a removed domain.
@@ -76,6 +78,9 @@ pub(super) struct Store {
     place: Option<Place>,
     /// Without a directory: the large files by name.
     files: Mutex<BTreeMap<String, File>>,
+    /// Without a directory: the domains' user data. In a directory it is not kept in memory, because
+    /// it may be long.
+    userdata: Mutex<BTreeMap<DomId, BTreeMap<String, Vec<u8>>>>,
     /// The locks between processes.
     pub(super) locks: Locks,
     /// Counters of changes.
@@ -123,6 +128,7 @@ impl Store {
         Ok(Self {
             place,
             files,
+            userdata: Mutex::default(),
             locks,
             changes,
         })
@@ -207,6 +213,7 @@ impl Store {
         let Some(domains) = self.domains()? else {
             let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
             files.remove(&Self::p2m_name(domid));
+            self.userdata().remove(&domid);
             return Ok(());
         };
         domains.rename(&domid.0.to_string(), &dead(domid))
@@ -247,6 +254,92 @@ impl Store {
             None => Ok(()),
             Some(domain) => domain.within(BLOBS)?.remove(name),
         }
+    }
+
+    fn userdata(&self) -> MutexGuard<'_, BTreeMap<DomId, BTreeMap<String, Vec<u8>>>> {
+        self.userdata.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The directory of a domain's blobs.
+    fn blobs(&self, domid: DomId) -> Result<Option<Place>, MockError> {
+        self.domain(domid)?
+            .map(|domain| domain.within(BLOBS))
+            .transpose()
+    }
+
+    /// The user data of a domain under `key`. Must be called with the domain's state locked, like
+    /// the functions below.
+    pub(super) fn load_userdata(
+        &self,
+        domid: DomId,
+        key: &str,
+    ) -> Result<Option<Vec<u8>>, MockError> {
+        match self.blobs(domid)? {
+            Some(blobs) => blobs.read(&format!("{USERDATA}{key}")),
+            None => {
+                let userdata = self.userdata();
+                Ok(userdata.get(&domid).and_then(|keys| keys.get(key)).cloned())
+            }
+        }
+    }
+
+    /// Keeps what `write` writes as user data of a domain under `key`. After a failure the earlier
+    /// data is kept.
+    pub(super) fn save_userdata(
+        &self,
+        domid: DomId,
+        key: &str,
+        write: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), MockError> {
+        if let Some(blobs) = self.blobs(domid)? {
+            return blobs.replace_with(&format!("{USERDATA}{key}"), write);
+        }
+        let mut bytes = Vec::new();
+        write(&mut bytes).map_err(MockError::io("write", key))?;
+        let mut userdata = self.userdata();
+        let keys = userdata.entry(domid).or_default();
+        keys.insert(key.to_owned(), bytes);
+        Ok(())
+    }
+
+    /// Removes all user data of a domain.
+    pub(super) fn forget_userdata(&self, domid: DomId) -> Result<(), MockError> {
+        match self.blobs(domid)? {
+            Some(blobs) => {
+                for name in blobs.names()? {
+                    if name.starts_with(USERDATA) {
+                        blobs.remove(&name)?;
+                    }
+                }
+            }
+            None => {
+                self.userdata().remove(&domid);
+            }
+        }
+        Ok(())
+    }
+
+    /// The keys of a domain's user data, with the number of bytes of each.
+    pub(super) fn userdata_sizes(&self, domid: DomId) -> Result<BTreeMap<String, u64>, MockError> {
+        let mut sizes = BTreeMap::new();
+        match self.blobs(domid)? {
+            Some(blobs) => {
+                for name in blobs.names()? {
+                    if let Some(key) = name.strip_prefix(USERDATA)
+                        && !is_new(&name)
+                        && let Some(bytes) = blobs.length(&name)?
+                    {
+                        sizes.insert(key.to_owned(), bytes);
+                    }
+                }
+            }
+            None => {
+                let userdata = self.userdata();
+                let keys = userdata.get(&domid).into_iter().flatten();
+                sizes.extend(keys.map(|(key, bytes)| (key.clone(), bytes.len() as u64)));
+            }
+        }
+        Ok(sizes)
     }
 
     /// Removes incomplete and half-removed domains, and returns whether there were any: they may
@@ -355,11 +448,13 @@ fn dead(domid: DomId) -> String {
     format!("{}.{DEAD}", domid.0)
 }
 
+/// The contexts and the policy of a domain, without its user data.
 fn load_blobs(blobs: &Place) -> Result<BTreeMap<String, Vec<u8>>, MockError> {
     let mut loaded = BTreeMap::new();
     for name in blobs.names()? {
         // A blob that is being written still has its old contents under its own name.
         if !is_new(&name)
+            && !name.starts_with(USERDATA)
             && let Some(blob) = blobs.read(&name)?
         {
             loaded.insert(name, blob);

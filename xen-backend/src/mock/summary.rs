@@ -6,10 +6,10 @@ use serde::Serialize;
 use xsr_format::frame::{Gfn, PageType};
 
 use super::MockHost;
-use super::domain::MockDomain;
+use super::domain::{MockDomain, storage_errno};
 use super::error::MockError;
 use super::grants::GrantEntry;
-use super::state::{Record, USERDATA};
+use super::state::Record;
 use crate::error::BackendError;
 use crate::{DomId, GuestKind, GuestMemory, ShutdownReason, TscInfo};
 
@@ -84,9 +84,9 @@ pub struct DomainReport {
     /// Reserved grant entries: console and xenstore.
     pub grants: [Option<GrantEntry>; 2],
     /// Bytes of each blob: contexts and policy.
-    pub blobs: BTreeMap<String, usize>,
+    pub blobs: BTreeMap<String, u64>,
     /// Bytes of user data by key.
-    pub userdata: BTreeMap<String, usize>,
+    pub userdata: BTreeMap<String, u64>,
 }
 
 impl MockDomain {
@@ -141,13 +141,8 @@ impl MockHost {
         let page_types = domain.count_types(maximum)?;
         let report = domain.look("show", |state| {
             let record = &state.record;
-            let sizes = |userdata: bool| {
-                let blobs = state.blobs.iter();
-                blobs
-                    .filter(|(name, _)| name.starts_with(USERDATA) == userdata)
-                    .map(|(name, blob)| (name.trim_start_matches(USERDATA).to_owned(), blob.len()))
-                    .collect()
-            };
+            let blobs = state.blobs.iter();
+            let userdata = self.machine.store.userdata_sizes(domid);
             Ok(DomainReport {
                 summary: domain.summary_of(record),
                 width: record.width,
@@ -165,8 +160,10 @@ impl MockHost {
                     .map(|(index, value)| (index, *value))
                     .collect(),
                 grants: domain.reserved_grants(state)?,
-                blobs: sizes(false),
-                userdata: sizes(true),
+                blobs: blobs
+                    .map(|(name, blob)| (name.clone(), blob.len() as u64))
+                    .collect(),
+                userdata: userdata.map_err(|error| storage_errno(&error))?,
             })
         })?;
         Ok(report)

@@ -18,6 +18,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -420,17 +421,23 @@ impl XenHost {
         what: &'static str,
         bytes: &[u8],
     ) -> Result<(), DomainStoreError> {
-        self.check(domain)?;
         if bytes.len() > LARGEST {
-            return Err(DomainStoreError::TooLarge {
-                domain,
-                what,
-                bytes: bytes.len(),
-                most: LARGEST,
-            });
+            return Err(self.too_large(domain, what, bytes.len()));
         }
+        self.check(domain)?;
         let put = self.shared.put(domain, key, bytes);
         put.map_err(failed("keeping the user data", domain.domid))
+    }
+
+    /// The error for data that is too long for xenstore, or for a domain that does not exist.
+    fn too_large(&self, domain: DomainRef, what: &'static str, bytes: usize) -> DomainStoreError {
+        let too_large = DomainStoreError::TooLarge {
+            domain,
+            what,
+            bytes,
+            most: LARGEST,
+        };
+        self.check(domain).err().unwrap_or(too_large)
     }
 
     /// Removes the nodes that libxl or [`XenHost::connect`] has written for the domain, unless
@@ -499,6 +506,28 @@ const CONFIGURATION: &str = "configuration";
 const EMULATORS: &str = "emulators";
 const LOCK: &str = "lock";
 
+/// Keeps what is written to it, as far as xenstore can hold it.
+#[derive(Default)]
+struct AtMost {
+    kept: Vec<u8>,
+    /// The number of bytes written.
+    bytes: usize,
+}
+
+impl Write for AtMost {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.bytes += bytes.len();
+        if self.bytes <= LARGEST {
+            self.kept.extend_from_slice(bytes);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 impl DomainStore for XenHost {
     fn list(&self) -> Result<Vec<ListedDomain>, DomainStoreError> {
         let mut listed = Vec::new();
@@ -552,8 +581,19 @@ impl DomainStore for XenHost {
         bytes.map_err(failed(doing, domain.domid))
     }
 
-    fn set_emulators(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError> {
-        self.keep(domain, EMULATORS, "state of the emulators", bytes)
+    fn set_emulators(
+        &self,
+        domain: DomainRef,
+        write: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), DomainStoreError> {
+        let doing = "keeping the emulators' records";
+        let mut records = AtMost::default();
+        write(&mut records).map_err(DomainStoreError::storage(doing, domain.domid))?;
+        let what = "state of the emulators";
+        match records.bytes > LARGEST {
+            true => Err(self.too_large(domain, what, records.bytes)),
+            false => self.keep(domain, EMULATORS, what, &records.kept),
+        }
     }
 
     fn devices(&self, domain: DomainRef) -> Result<Vec<String>, DomainStoreError> {

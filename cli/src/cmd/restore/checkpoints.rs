@@ -119,8 +119,9 @@ pub(super) struct Standby<'a, 'd, 'w> {
     /// The engine's connection, for libxl's records.
     pub(super) source: ImageSource<'a>,
     made: &'d Made,
-    /// The emulators' state in the last complete checkpoint, which is stored with the domain.
-    emulators: Vec<LibxlRecord>,
+    /// The hash of the emulators' state in the last complete checkpoint, which is stored with the
+    /// domain; `None` before there is any.
+    emulators: Option<u64>,
     /// Whether the sender has taken the domain back.
     pub(super) withdrawn: bool,
     /// Called with the domain's name when the first checkpoint is complete.
@@ -140,7 +141,7 @@ impl<'a, 'd, 'w> Standby<'a, 'd, 'w> {
             around,
             source: ImageSource::over(reader),
             made,
-            emulators: Vec::new(),
+            emulators: None,
             withdrawn: false,
             first: how.first,
             any: false,
@@ -150,14 +151,15 @@ impl<'a, 'd, 'w> Standby<'a, 'd, 'w> {
     /// Store the emulators' state with the domain. After that a checkpoint is complete: the domain
     /// needs nothing more when the sender is lost.
     fn keep_emulators(&mut self, records: Vec<LibxlRecord>) -> Result<(), ToolstackError> {
+        const WHAT: &str = "keeping the emulators' state of a checkpoint";
         let emulators: Vec<LibxlRecord> = records.into_iter().filter(of_emulator).collect();
-        if emulators != self.emulators {
+        let hash = backend::hash_emulators(&emulators);
+        let hash = hash.map_err(|error| ToolstackError::new(WHAT, error))?;
+        if self.emulators != Some(hash) {
             let (store, which) = (self.made.store(), self.made.which());
             let stored = backend::store_emulators(store, which, &emulators);
-            stored.map_err(|error| {
-                ToolstackError::new("keeping the emulators' state of a checkpoint", error)
-            })?;
-            self.emulators = emulators;
+            stored.map_err(|error| ToolstackError::new(WHAT, error))?;
+            self.emulators = Some(hash);
         }
         Ok(())
     }
