@@ -203,7 +203,8 @@ impl<'a> CheckpointRequest<'a> {
     }
 
     /// Uses COLO instead of Remus. `wait` limits how long to listen to the secondary, and `answer`
-    /// how long it may take to answer. COLO needs a connection.
+    /// how long it may take to answer. COLO needs a connection: without one nothing is sent
+    /// ([`SaveError`]).
     #[must_use]
     pub const fn colo(mut self, wait: Wait<'a>, answer: Duration) -> Self {
         self.colo = Some((wait, answer));
@@ -259,7 +260,11 @@ impl<'a> CheckpointRequest<'a> {
             (Some(connection), Some((wait, answer))) => Hearing::new(connection, wait, answer)
                 .map_err(|error| BackChannelError::Io(error).into())
                 .and_then(|hearing| send_colo(save, hearing, &mut toolstack, &mut sent)),
-            _ => {
+            (None, Some(_)) => {
+                let why = "COLO needs a connection on which the secondary answers";
+                Err(BackChannelError::Io(io::Error::new(io::ErrorKind::InvalidInput, why)).into())
+            }
+            (_, None) => {
                 let how = Checkpoints {
                     policy: &mut XenPolicy,
                     buffer_bytes,

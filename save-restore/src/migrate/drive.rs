@@ -2,6 +2,7 @@
 //! performs a machine's actions, how an end sends and receives messages, how a failure is reported
 //! to a state machine, and what is undone after a panic.
 
+use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::time::Duration;
@@ -175,10 +176,14 @@ pub(super) trait Machine {
 
 /// Performs a machine's actions until it has ended. The failures are returned in order: the first
 /// one is the reason for the end.
+///
+/// `settled` is called after each of the machine's steps, before an observer, which may panic, hears
+/// of it.
 pub(super) fn drive<M: Machine>(
     machine: &mut M,
     common: &mut Common<'_>,
     mut perform: impl FnMut(&mut M, &mut Common<'_>, M::Action) -> (M::Event, Option<BoxError>),
+    settled: impl Fn(&M),
 ) -> (M::End, Vec<Cause<M::Action>>) {
     let mut causes = Vec::new();
     loop {
@@ -189,10 +194,11 @@ pub(super) fn drive<M: Machine>(
         }
         let (event, error) = perform(machine, common, action);
         causes.extend(error.map(|error| Cause { action, error }));
+        machine.on(event);
+        settled(machine);
         if let Some(step) = M::step(action, event) {
             common.observe(Event::Done(step));
         }
-        machine.on(event);
     }
 }
 
@@ -303,13 +309,13 @@ impl<'a> Talk<'a> {
 /// Undoes a change to a domain if a panic occurs in between.
 pub(super) struct OnPanic<'d, D: ?Sized> {
     pub(super) domain: &'d mut D,
-    pub(super) armed: bool,
+    pub(super) armed: Cell<bool>,
     pub(super) undo: fn(&mut D),
 }
 
 impl<D: ?Sized> Drop for OnPanic<'_, D> {
     fn drop(&mut self) {
-        if self.armed {
+        if self.armed.get() {
             (self.undo)(self.domain);
         }
     }

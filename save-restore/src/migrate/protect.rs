@@ -116,7 +116,7 @@ impl<'a> ProtectRequest<'a> {
         };
         let mut machine = Protector::new(self.on_loss);
         let mut protection = Protecting::default();
-        let (end, causes) = drive(&mut machine, &mut self.common, |machine, common, action| {
+        let perform = |machine: &mut Protector, common: &mut Common<'_>, action| {
             if action != ProtectorAction::Protect {
                 let performed = protection.perform(how, action, connection, domain);
                 return match performed {
@@ -139,7 +139,8 @@ impl<'a> ProtectRequest<'a> {
                 here: ended.here,
             };
             (event, None)
-        });
+        };
+        let (end, causes) = drive(&mut machine, &mut self.common, perform, |_| {});
         Protection {
             end,
             outcome: protection.outcome,

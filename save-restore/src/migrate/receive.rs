@@ -6,6 +6,7 @@
 //!
 //! C implementation: `tools/xl/xl_migrate.c:migrate_receive`.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use super::connection::{Connection, ConnectionReader};
@@ -89,11 +90,12 @@ impl<'a> ReceiveRequest<'a> {
 
     /// Receives a domain.
     ///
-    /// After a panic in `domain`, the new domain is destroyed if "go" has not been received.
+    /// After a panic in `domain` or the observer, the new domain is destroyed if "go" has not been
+    /// received.
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Arriving) -> Arrived {
-        let mut guard = OnPanic {
+        let guard = OnPanic {
             domain,
-            armed: true,
+            armed: Cell::new(true),
             undo: |domain| {
                 if let Err(error) = domain.destroy() {
                     let what = "the domain could not be destroyed: destroy it by hand";
@@ -106,14 +108,17 @@ impl<'a> ReceiveRequest<'a> {
             go: self.go,
         };
         let mut machine = Receiver::new();
-        let (end, causes) = drive(&mut machine, &mut self.common, |machine, _, action| {
-            guard.armed = !machine.has_it();
+        let perform = |_: &mut Receiver, _: &mut Common<'_>, action| {
             match receiving.perform(action, guard.domain) {
                 Ok(()) => (ReceiverEvent::Done, None),
                 Err((trouble, error)) => (trouble.into(), Some(error)),
             }
+        };
+        let (end, causes) = drive(&mut machine, &mut self.common, perform, |machine| {
+            let ended = matches!(machine.action(), ReceiverAction::End(_));
+            guard.armed.set(!machine.has_it() && !ended);
         });
-        guard.armed = false;
+        guard.armed.set(false);
         Arrived { end, causes }
     }
 }

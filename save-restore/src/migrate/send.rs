@@ -6,6 +6,7 @@
 //!
 //! C implementation: `tools/xl/xl_migrate.c:migrate_domain`.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use super::connection::{Connection, ConnectionWriter, TcpConnection};
@@ -113,12 +114,13 @@ impl<'a> MigrateRequest<'a> {
 
     /// Sends the domain.
     ///
-    /// After a panic in `domain`, the domain is taken back if it has not been released.
+    /// After a panic in `domain` or the observer, the domain is taken back if it has not been
+    /// released.
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Departing) -> Sent {
         let default = Pace::new(self.idle);
-        let mut guard = OnPanic {
+        let guard = OnPanic {
             domain,
-            armed: true,
+            armed: Cell::new(true),
             undo: |domain| {
                 if let Err(error) = domain.take_back() {
                     tracing::error!(error, "the domain is still suspended: resume it by hand");
@@ -131,16 +133,23 @@ impl<'a> MigrateRequest<'a> {
             default: &default,
             status: 0,
         };
+        let armed = &guard.armed;
+        let perform = |machine: &mut Sender, _: &mut Common<'_>, action| {
+            // As soon as it begins to be said, nothing but the machine takes the domain back.
+            armed.set(!machine.has_let_go());
+            sending.perform(action, guard.domain)
+        };
         let (end, causes) = drive(
             &mut Sender::new(),
             &mut self.common,
-            |machine, _, action| {
-                // As soon as it begins to be said, nothing but the machine takes the domain back.
-                guard.armed = !machine.has_let_go();
-                sending.perform(action, guard.domain)
+            perform,
+            |machine| match machine.action() {
+                SenderAction::SayGo => armed.set(true),
+                SenderAction::End(_) => armed.set(false),
+                _ => armed.set(!machine.has_let_go()),
             },
         );
-        guard.armed = false;
+        guard.armed.set(false);
         Sent { end, causes }
     }
 }

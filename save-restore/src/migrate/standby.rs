@@ -91,7 +91,7 @@ impl<'a> StandbyRequest<'a> {
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Kept) -> StoodBy {
         let talk = self.common.talk(connection);
         let mut machine = Standby::new();
-        let (end, causes) = drive(&mut machine, &mut self.common, |machine, common, action| {
+        let perform = |machine: &mut Standby, common: &mut Common<'_>, action| {
             if action != StandbyAction::Keep {
                 return match perform(action, talk, domain) {
                     Ok(()) => (StandbyEvent::Done, None),
@@ -111,7 +111,8 @@ impl<'a> StandbyRequest<'a> {
                 KeptUntil::Failed => StandbyEvent::Failed,
             };
             (event, None)
-        });
+        };
+        let (end, causes) = drive(&mut machine, &mut self.common, perform, |_| {});
         StoodBy { end, causes }
     }
 }

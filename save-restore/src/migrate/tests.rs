@@ -8,7 +8,7 @@ use std::time::Duration;
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
-use super::Event;
+use super::{Event, Step};
 use super::ownership::plain::{ReceiverAction, ReceiverEnd, SenderAction, SenderEnd};
 use super::receive::{Arrived, ReceiveRequest};
 use super::send::{MigrateRequest, Sent};
@@ -272,6 +272,81 @@ fn a_panic_takes_the_domain_back() {
     let send = || MigrateRequest::new().run(&here, &mut sender).end;
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(send)).unwrap_err();
     assert!(sender.undone && receiver.undone);
+}
+
+/// Migrates a domain with an observer at `end` that panics at its event number `at`. Returns what
+/// that event was, unless there were fewer, and where the domain is.
+fn observe_and_panic(end: usize, at: usize) -> (Option<Event>, [Option<bool>; 4]) {
+    let host = || MockHost::ephemeral(&HostConfig::default()).unwrap();
+    let (here, there) = (host(), host());
+    let guest = GuestSpec::new("web", GuestKind::Pvh, 4);
+    let domid = here.create_guest(&guest).unwrap();
+    let (sender, receiver) = FakeConnection::pair(1 << 20);
+    let last = std::sync::Mutex::new(None);
+    let panics_at = |number: usize| {
+        let (mut seen, last) = (0, &last);
+        move |event: Event| {
+            if seen == number {
+                *last.lock().unwrap() = Some(event);
+                std::panic::resume_unwind(Box::new("a bug"));
+            }
+            seen += 1;
+        }
+    };
+    let mut observers = [usize::MAX, usize::MAX];
+    observers[end] = at;
+    let mut observers = observers.map(panics_at);
+    let [first, second] = &mut observers;
+    let (one, other) = (&here, &there);
+    thread::scope(|scope| {
+        let receiving = scope.spawn(move || {
+            let mut coming = example::Coming {
+                host: other,
+                domid: None,
+            };
+            let request = ReceiveRequest::new().observer(second);
+            request.run(&receiver, &mut coming)
+        });
+        let sending = scope.spawn(move || {
+            let mut leaving = example::Leaving { host: one, domid };
+            let request = MigrateRequest::new().observer(first);
+            request.run(&sender, &mut leaving)
+        });
+        let panicked = [sending.join().is_err(), receiving.join().is_err()];
+        assert!(!panicked[1 - end], "only the end that is asked");
+    });
+    let state = [
+        runs(&here, "web"),
+        runs(&here, "web--migratedaway"),
+        runs(&there, "web"),
+        runs(&there, "web--incoming"),
+    ];
+    (last.into_inner().unwrap(), state)
+}
+
+#[test]
+fn a_panic_of_an_observer_neither_doubles_nor_loses_the_domain() {
+    for end in 0..2 {
+        let mut all = Vec::new();
+        loop {
+            let (event, state) = observe_and_panic(end, all.len());
+            let Some(event) = event else { break };
+            all.push(event);
+            let running = state.iter().filter(|runs| **runs == Some(true)).count();
+            // From there on the sender may not take it back, and the receiver keeps it.
+            let gone = all.contains(&Event::Done(Step::Go));
+            match (end, gone) {
+                (0, true) => assert_eq!(state[2], Some(true), "{event:?}: {state:?}"),
+                (_, false) => assert_eq!(state[0], Some(true), "{event:?}: {state:?}"),
+                (_, true) => {
+                    let kept = state[2].or(state[3]);
+                    assert!(kept.is_some(), "{event:?}: {state:?}");
+                }
+            }
+            assert!(running <= 1, "{event:?}: {state:?}");
+        }
+        assert!(all.contains(&Event::Done(Step::Report)), "{all:?}");
+    }
 }
 
 /// A receiver may be gone or busy: TCP cannot distinguish the two.

@@ -167,11 +167,12 @@ mod tests {
     use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
     use xsr_xen_backend::{GuestKind, Host as _};
 
-    use super::super::NoEmulators;
+    use super::super::{CheckpointParties, CheckpointRequest, NoEmulators};
     use super::*;
     use crate::error::SaveError;
     use crate::migrate::connection::PipeConnection;
     use crate::progress::{Cancel, Cancelled};
+    use crate::save::SaveRequest;
 
     /// A request that also stands for the connection's token, as the command has it before the
     /// first checkpoint is complete.
@@ -244,5 +245,48 @@ mod tests {
                 Err(error) => assert!(matches!(SaveError::from(error), SaveError::Aborted)),
             }
         }
+    }
+
+    #[test]
+    fn colo_without_a_connection_is_an_error_before_anything_is_sent() {
+        let host = MockHost::ephemeral(&HostConfig::default()).unwrap();
+        let guest = GuestSpec::new("web", GuestKind::Pvh, 8);
+        let domid = host.create_guest(&guest).unwrap();
+        let domain = host.domain(domid).unwrap();
+        let null = File::create("/dev/null").unwrap();
+        let stream = CheckpointStream::to_nothing(&null);
+        let header = LibxlHeader {
+            order: ByteOrder::Little,
+            legacy_converted: false,
+        };
+        let libxl = LibxlWriter::new(&stream, header).unwrap();
+        let before = stream.bytes();
+        let pace = Pace::new(Duration::from_secs(60));
+        let save = SaveRequest::new(domain.as_ref(), host.config().xen_version);
+        let second = Duration::from_secs(1);
+        let request = CheckpointRequest::new(domain.as_ref(), save)
+            .epochs(Some(1))
+            .colo(Wait::forever(), second);
+        let sent = request.run(CheckpointParties {
+            libxl,
+            stream: &stream,
+            connection: None,
+            pace: &pace,
+            emulators: &mut NoEmulators,
+            stopping: &Asked(Cancel::new()),
+            completed: &mut || {},
+            observe: &mut |_| Ok(()),
+        });
+        let error = sent.ended.expect_err("it is not COLO");
+        let mut causes = vec![error.to_string()];
+        let mut source = std::error::Error::source(&error);
+        while let Some(cause) = source {
+            causes.push(cause.to_string());
+            source = cause.source();
+        }
+        let said = causes.join(": ");
+        assert!(said.contains("needs a connection"), "{said}");
+        assert_eq!(stream.bytes(), before);
+        assert!(domain.info().unwrap().shutdown.is_none());
     }
 }

@@ -79,11 +79,16 @@ impl LastWords {
         Some(Status(*status))
     }
 
-    /// The last report, from its first byte on.
+    /// The first report, from its first byte on. Only the last bytes may be the beginning of one:
+    /// text that begins like a report, such as a line of a log, is none.
     fn report(&self) -> Option<&[u8]> {
-        let begin = &Message::Report.bytes()[..Self::RECOGNISED];
-        let at = self.0.windows(begin.len()).rposition(|w| w == begin)?;
-        self.0.get(at..)
+        let words = Message::Report.bytes();
+        let begin = &words[..Self::RECOGNISED];
+        let begins = self.0.windows(begin.len()).enumerate();
+        begins
+            .filter(|(_, window)| *window == begin)
+            .map(|(at, _)| &self.0[at..])
+            .find(|said| said.starts_with(words) || words.starts_with(said))
     }
 
     /// Which end has the domain, once nothing more will come.

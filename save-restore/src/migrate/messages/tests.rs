@@ -232,6 +232,17 @@ fn last_words_are_found_behind_whatever_else_was_said() {
     assert!(matches!(words.outcome(), Err(MessageError::NoReport)));
     let words = of(&[report, &[7], &go[..go.len() - 1]]);
     words.outcome().unwrap_err();
+    // Text that only begins like a report is none, and nothing after a report changes it.
+    let log: &[u8] = b"my copy unpause results are in the log\n";
+    for pieces in [
+        [log, report, &[0], b""],
+        [report, &[0], log, b""],
+        [report, &[0], log, &[report, &[7], go].concat()],
+    ] {
+        assert_eq!(of(&pieces).outcome().unwrap(), Outcome::Runs);
+        assert_eq!(of(&[&pieces.concat()]).outcome().unwrap(), Outcome::Runs);
+    }
+    assert!(!of(&[log]).report_began());
     // What is still to come is read, and an error of the reader says no more than what came.
     for (said, outcome) in [
         ([report, &[0], b"and more"].concat(), Some(Outcome::Runs)),
