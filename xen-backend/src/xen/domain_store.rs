@@ -350,7 +350,6 @@ impl XenHost {
         to: &str,
     ) -> Result<(), DomainStoreError> {
         check_name(to)?;
-        self.check(domain)?;
         let mut refused = None;
         let changed = self.shared.store.transaction(&mut |nodes| {
             refused = self.refuse_name(nodes, domain, from, to)?;
@@ -367,7 +366,9 @@ impl XenHost {
         refused.map_or(Ok(()), Err)
     }
 
-    /// The reason why the domain may not be renamed to `to`; `None` if it may.
+    /// The reason why the domain may not be renamed to `to`; `None` if it may. The domain is looked
+    /// for after its name has been read: if its number is given to another one meanwhile, that one's
+    /// name makes the transaction conflict.
     fn refuse_name(
         &self,
         nodes: &mut dyn Nodes,
@@ -375,8 +376,11 @@ impl XenHost {
         from: Expected<'_>,
         to: &str,
     ) -> Result<Option<DomainStoreError>, StoreError> {
+        let found = text(nodes.read(&node(domain.domid, "/name"))?);
+        if let Err(error) = self.check(domain) {
+            return Ok(Some(error));
+        }
         if let Expected::Name(expected) = from {
-            let found = text(nodes.read(&node(domain.domid, "/name"))?);
             let found = found.filter(|name| !name.is_empty());
             if found.as_deref() != expected {
                 return Ok(Some(DomainStoreError::WrongName {

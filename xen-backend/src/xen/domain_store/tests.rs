@@ -360,6 +360,24 @@ fn a_name_that_another_domain_gets_meanwhile_is_not_given_twice() {
 
 /// Another domain has the number by the time the old domain's data is removed.
 #[test]
+fn a_domain_that_is_destroyed_meanwhile_is_not_renamed() {
+    let made = of_libxl();
+    let domain = made.domain;
+    let other = host(&made.face, made.root.path());
+    let host = with(&made, move |face| {
+        if let Ok(domain) = other.domain(domain.domid) {
+            domain.destroy().unwrap();
+            // Any change makes the transaction start again.
+            face.write("/libxl/note", b"1").unwrap();
+        }
+    });
+    let error = host.rename(domain, "web", "other").unwrap_err();
+    assert!(matches!(error, DomainStoreError::Gone { .. }), "{error}");
+    let name = format!("/local/domain/{}/name", domain.domid.0);
+    assert_eq!(read(&made.face, &name).as_deref(), Some("web"));
+}
+
+#[test]
 fn what_a_new_domain_keeps_is_not_taken_for_a_destroyed_ones() {
     let made = of_libxl();
     let stale = DomId(made.domain.domid.0 + 1);
