@@ -61,7 +61,7 @@ use self::domain::MockDomain;
 use self::machine::Machine;
 use self::place::Place;
 use self::sharing::{Locks, Opened};
-use self::state::{CPUID_LEAVES, Dom, HVM_CONTEXT, POLICY_MSRS, Record, Vcpu};
+use self::state::{CPUID_LEAVES, HVM_CONTEXT, POLICY_MSRS, Record, Vcpu};
 use self::store::{DOMAINS, FORMAT, HOST, Store};
 use crate::error::BackendError;
 use crate::{
@@ -293,8 +293,11 @@ impl MockHost {
     }
 
     fn mock_domain(&self, domid: DomId) -> Result<MockDomain, BackendError> {
-        let dom = self.machine.dom(domid);
-        let dom = dom.ok_or(BackendError::domain("getdomaininfo", domid, Errno::ESRCH))?;
+        const OP: &str = "getdomaininfo";
+        let dom = self.machine.dom(domid).map_err(|error| {
+            BackendError::domain(OP, domid, Errno::EIO).explained(error.to_string())
+        })?;
+        let dom = dom.ok_or(BackendError::domain(OP, domid, Errno::ESRCH))?;
         Ok(MockDomain {
             machine: Arc::clone(&self.machine),
             dom,
@@ -307,14 +310,14 @@ impl MockHost {
     ///
     /// [`MockError::NoSuchDomain`].
     pub fn find(&self, name_or_id: &str) -> Result<DomId, MockError> {
-        let domains = self.machine.all_domains();
-        let mut domids = domains.iter().map(|dom| dom.domid);
+        let domains = self.list()?;
+        let mut domids = domains.iter().map(|domain| domain.domid);
         let found = match crate::domain_store::number(name_or_id) {
             Some(number) => domids.find(|domid| *domid == number),
-            None => self.find_named(name_or_id).or_else(|| {
-                // The name shown for a domain without one.
-                let shown = |dom: &&Arc<Dom>| dom.lock().record.shown_name() == name_or_id;
-                domains.iter().find(shown).map(|dom| dom.domid)
+            // Or the name shown for a domain without one.
+            None => self.find_named(name_or_id)?.or_else(|| {
+                let shown = domains.iter().find(|domain| domain.name == name_or_id);
+                shown.map(|domain| domain.domid)
             }),
         };
         found.ok_or_else(|| MockError::NoSuchDomain {
@@ -323,15 +326,19 @@ impl MockHost {
     }
 
     /// The domain that has been given this name.
-    fn find_named(&self, name: &str) -> Option<DomId> {
-        let domains = self.machine.all_domains();
-        let given = |dom: &&Arc<Dom>| dom.lock().record.given_name() == Some(name);
-        domains.iter().find(given).map(|dom| dom.domid)
+    fn find_named(&self, name: &str) -> Result<Option<DomId>, MockError> {
+        for dom in self.machine.all_domains()? {
+            let state = dom.lock()?;
+            if state.record.given_name() == Some(name) && !dom.is_gone() {
+                return Ok(Some(dom.domid));
+            }
+        }
+        Ok(None)
     }
 
     fn check_new_name(&self, name: &str) -> Result<(), MockError> {
         check_name(name)?;
-        match self.find_named(name) {
+        match self.find_named(name)? {
             Some(_) => Err(MockError::NameTaken {
                 name: name.to_owned(),
             }),
@@ -349,7 +356,7 @@ impl MockHost {
         if domain.look("rename", |state| Ok(state.record.name == name))? {
             return Ok(());
         }
-        let _names = self.machine.lock_names();
+        let _names = self.machine.lock_names()?;
         self.check_new_name(name)?;
         domain.change("rename", |state| {
             name.clone_into(&mut state.record.name);
@@ -451,7 +458,10 @@ impl Host for MockHost {
 
     fn domains(&self) -> Result<Vec<DomainInfo>, BackendError> {
         let mut infos = Vec::new();
-        for dom in self.machine.all_domains() {
+        let domains = self.machine.all_domains().map_err(|error| {
+            BackendError::host("getdomaininfolist", Errno::EIO).explained(error.to_string())
+        })?;
+        for dom in domains {
             let machine = Arc::clone(&self.machine);
             match (MockDomain { machine, dom }).info() {
                 Ok(info) => infos.push(info),

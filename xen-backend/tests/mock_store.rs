@@ -119,7 +119,7 @@ fn a_host_is_open_to_several_at_a_time_and_each_sees_what_the_others_do() {
     let free = one.free_pages();
     let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
     let web = one.create_guest(&spec).unwrap();
-    assert_eq!(other.list(), one.list());
+    assert_eq!(other.list().unwrap(), one.list().unwrap());
     assert_eq!(other.free_pages(), one.free_pages());
     let taken = other.create_guest(&spec).unwrap_err();
     assert!(matches!(taken, MockError::NameTaken { .. }), "{taken}");
@@ -255,7 +255,7 @@ fn what_is_done_at_the_same_time_is_done_once() {
     });
     let unique: std::collections::BTreeSet<_> = made.iter().collect();
     assert_eq!(unique.len(), 4 * EACH / 2);
-    assert_eq!(one.list().len(), unique.len());
+    assert_eq!(one.list().unwrap().len(), unique.len());
     for domid in &made {
         one.domain(*domid).unwrap().destroy().unwrap();
     }
@@ -342,7 +342,7 @@ fn a_killed_process_loses_nothing_else() {
 
     let host = MockHost::open(dir.path()).unwrap();
     assert_eq!(contents(&*host.domain(bystander).unwrap(), &frames), before);
-    let [_, victim] = host.list().try_into().unwrap();
+    let [_, victim] = host.list().unwrap().try_into().unwrap();
     assert_eq!(
         (victim.tot_pages, victim.state),
         (3072, DomainState::Paused)

@@ -191,7 +191,7 @@ struct Domains<'a, D> {
 }
 
 fn list(args: &MockListArgs) -> Result<()> {
-    let domains = MockHost::open(&args.host.host)?.list();
+    let domains = MockHost::open(&args.host.host)?.list()?;
     let mut out = Results::new();
     if args.json {
         out.json(&Domains { domains: &domains })?;

@@ -38,11 +38,8 @@ pub(super) struct Allocator {
     /// Ranks of blocks that are completely free.
     whole: BTreeSet<u32>,
     cursor: Option<Cursor>,
-    free: u64,
     seed: u64,
     max_run: usize,
-    /// Whether a frame was taken or given back since [`Allocator::take_changed`].
-    changed: bool,
 }
 
 /// The allocator's position in a block.
@@ -74,10 +71,8 @@ impl Allocator {
             partial: BTreeSet::new(),
             whole: BTreeSet::new(),
             cursor: None,
-            free: 0,
             seed,
             max_run: max_run.max(1),
-            changed: false,
         };
         allocator.read_again();
         allocator
@@ -88,22 +83,18 @@ impl Allocator {
         self.cursor = None;
         self.partial.clear();
         self.whole.clear();
-        self.free = 0;
         for (block, _) in (0_u32..).zip(0..self.taken.len()) {
             let taken = self.taken(block);
-            self.free += BLOCK_FRAMES.saturating_sub(taken);
             self.file(block, taken);
         }
     }
 
-    /// Whether a frame was taken or given back since the last call.
-    pub(super) fn take_changed(&mut self) -> bool {
-        std::mem::take(&mut self.changed)
-    }
-
-    /// The number of free frames.
-    pub(super) fn free(&self) -> u64 {
-        self.free
+    /// The number of free frames, also if another process has changed it.
+    pub(super) fn free_now(&self) -> u64 {
+        let blocks = (0_u32..).zip(0..self.taken.len());
+        blocks
+            .map(|(block, _)| BLOCK_FRAMES.saturating_sub(self.taken(block)))
+            .sum()
     }
 
     /// The first frame of each block that has frames taken.
@@ -209,8 +200,6 @@ impl Allocator {
     }
 
     fn set_taken(&mut self, block: u32, taken: u64) {
-        self.changed = true;
-        self.free = self.free + self.taken(block) - taken;
         self.taken.set(block as usize, taken);
         self.file(block, taken);
     }
@@ -295,7 +284,7 @@ mod tests {
             const BLOCKS: usize = 5;
             let all = (BLOCKS as u64 - 1) * BLOCK_FRAMES;
             let (frames, mut allocator) = machine(BLOCKS, seed, max_run);
-            prop_assert_eq!(allocator.free(), all);
+            prop_assert_eq!(allocator.free_now(), all);
             let mut had: BTreeSet<u64> = BTreeSet::new();
             for step in steps {
                 match step {
@@ -325,7 +314,7 @@ mod tests {
                         }
                     }
                 }
-                prop_assert_eq!(allocator.free(), all - had.len() as u64);
+                prop_assert_eq!(allocator.free_now(), all - had.len() as u64);
             }
             for mfn in std::mem::take(&mut had) {
                 allocator.give_back(&frames, Mfn(mfn));
@@ -333,7 +322,7 @@ mod tests {
             for _ in 0..BLOCKS - 1 {
                 prop_assert!(allocator.take_extent(&frames, 9, OWNER).is_some());
             }
-            prop_assert_eq!(allocator.free(), 0);
+            prop_assert_eq!(allocator.free_now(), 0);
         }
     }
 
@@ -371,6 +360,6 @@ mod tests {
         // The state after a process was killed between updates of the two tables.
         allocator.set_taken(1, BLOCK_FRAMES - 3);
         assert_eq!(allocator.take_page(&frames, owned()), None);
-        assert_eq!(allocator.free(), 0);
+        assert_eq!(allocator.free_now(), 0);
     }
 }

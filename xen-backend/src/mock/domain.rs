@@ -14,7 +14,7 @@ use super::frames::{Frame, FrameUse};
 use super::machine::Machine;
 use super::memory;
 use super::phases::phase;
-use super::state::{Dom, MAX_PFNS, State};
+use super::state::{Dom, MAX_PFNS, State, Writing};
 use crate::error::{BackendError, MapError};
 use crate::pages::{Access, ForeignPages};
 use crate::{DomId, DomainControl, DomainInfo, GuestKind, GuestMemory, ShutdownReason, XenVersion};
@@ -42,11 +42,37 @@ impl MockDomain {
     }
 
     /// The same, for a caller that does not hold the state's lock.
-    fn alive_now(&self) -> Result<(), Errno> {
+    fn alive_now(&self, op: &'static str) -> Result<(), BackendError> {
         match self.dom.is_gone_now() {
-            true => Err(Errno::ESRCH),
-            false => Ok(()),
+            Ok(true) => Err(self.fail(op, Errno::ESRCH)),
+            Ok(false) => Ok(()),
+            Err(error) => Err(self.unknown(op, &error)),
         }
+    }
+
+    /// The failure of `op` because the domain's state is not known.
+    fn unknown(&self, op: &'static str, error: &MockError) -> BackendError {
+        self.fail(op, errno_of(error)).explained(error.to_string())
+    }
+
+    /// Permission to write memory by its frames.
+    fn writing(&self, op: &'static str) -> Result<Writing<'_>, BackendError> {
+        let writing = self.dom.write();
+        let writing = writing.map_err(|error| self.unknown(op, &error))?;
+        writing.ok_or_else(|| self.fail(op, Errno::ESRCH))
+    }
+
+    /// Write `bytes` to the domain's frames from `first` on. Must be called without the state's
+    /// lock.
+    pub(super) fn write_own(
+        &self,
+        op: &'static str,
+        first: Mfn,
+        bytes: &[u8],
+    ) -> Result<(), BackendError> {
+        let _writing = self.writing(op)?;
+        let written = self.machine.write_frames(first, 0, bytes);
+        written.map_err(|errno| self.fail(op, errno))
     }
 
     /// Read the domain's state.
@@ -56,6 +82,7 @@ impl MockDomain {
         look: impl FnOnce(&State) -> Result<T, Errno>,
     ) -> Result<T, BackendError> {
         let state = self.dom.lock();
+        let state = state.map_err(|error| self.unknown(op, &error))?;
         self.alive()
             .and_then(|()| look(&state))
             .map_err(|errno| self.fail(op, errno))
@@ -68,7 +95,8 @@ impl MockDomain {
         op: &'static str,
         change: impl FnOnce(&mut State) -> Result<T, Errno>,
     ) -> Result<T, BackendError> {
-        let mut state = self.dom.lock();
+        let state = self.dom.lock();
+        let mut state = state.map_err(|error| self.unknown(op, &error))?;
         self.alive().map_err(|errno| self.fail(op, errno))?;
         let before = Before::of(self, &state).map_err(|errno| self.fail(op, errno))?;
         self.dom.changes();
@@ -97,7 +125,7 @@ impl MockDomain {
     }
 
     /// The result of getdomaininfo.
-    fn info_of(&self, state: &State) -> DomainInfo {
+    pub(super) fn info_of(&self, state: &State) -> DomainInfo {
         let record = &state.record;
         DomainInfo {
             domid: record.domid,
@@ -172,8 +200,13 @@ impl MockDomain {
         {
             return false;
         }
-        let Some(mfn) = machine.allocate(order, domid) else {
-            return false;
+        let mfn = match machine.allocate(order, domid) {
+            Ok(Some(mfn)) => mfn,
+            Ok(None) => return false,
+            Err(error) => {
+                storage_errno(&error);
+                return false;
+            }
         };
         for (mfn, pfn) in (mfn.0..).map(Mfn).zip(first..end) {
             match translated {
@@ -193,10 +226,17 @@ impl MockDomain {
     }
 }
 
-/// The errno for a failed write of a state file.
+/// The errno for a failure of the mock host's own files and locks, which is logged.
 pub(super) fn storage_errno(error: &MockError) -> Errno {
-    tracing::error!(%error, "the mock host could not keep its state");
-    Errno::EIO
+    tracing::error!(%error, "the mock host could not read or keep its state");
+    errno_of(error)
+}
+
+fn errno_of(error: &MockError) -> Errno {
+    match error {
+        MockError::Busy { .. } => Errno::ETIMEDOUT,
+        _ => Errno::EIO,
+    }
 }
 
 impl DomainControl for MockDomain {
@@ -276,11 +316,11 @@ impl DomainControl for MockDomain {
 
     fn destroy(&self) -> Result<(), BackendError> {
         const OP: &str = "destroydomain";
-        self.alive_now().map_err(|errno| self.fail(OP, errno))?;
+        self.alive_now(OP)?;
         phase("destroying");
         self.machine
             .remove_domain(&self.dom)
-            .map_err(|error| self.fail(OP, storage_errno(&error)))?;
+            .map_err(|error| self.unknown(OP, &error))?;
         phase("destroyed");
         Ok(())
     }
@@ -308,7 +348,7 @@ impl GuestMemory for MockDomain {
 
     fn page_types(&self, gfns: &[Gfn], out: &mut [PageType]) -> Result<(), BackendError> {
         const OP: &str = "getpageframeinfo3";
-        self.alive_now().map_err(|errno| self.fail(OP, errno))?;
+        self.alive_now(OP)?;
         if gfns.len() > MAX_TYPE_BATCH {
             return Err(self.fail(OP, Errno::E2BIG));
         }
@@ -325,21 +365,24 @@ impl GuestMemory for MockDomain {
     }
 
     fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError> {
+        const OP: &str = "mmapbatch";
         phase("map");
-        self.alive_now()
-            .and_then(|()| {
-                memory::map_frames(&self.machine.memory, gfns, access, |_, gfn| {
-                    self.map_one(gfn, access)
-                })
-            })
-            .map(|pages| pages.counted_by(&self.machine.mapped))
-            .map_err(|errno| self.fail("mmapbatch", errno))
+        // Mapping for writing may change the frames' types.
+        let _writing = match access {
+            Access::Write => Some(self.writing(OP)?),
+            Access::Read => self.alive_now(OP).map(|()| None)?,
+        };
+        memory::map_frames(&self.machine.memory, gfns, access, |_, gfn| {
+            self.map_one(gfn, access)
+        })
+        .map(|pages| pages.counted_by(&self.machine.mapped))
+        .map_err(|errno| self.fail(OP, errno))
     }
 
     fn write_pages(&self, gfns: &[Gfn], contents: &[u8]) -> Result<Vec<MapError>, BackendError> {
         const OP: &str = "write_pages";
         phase("write");
-        self.alive_now().map_err(|errno| self.fail(OP, errno))?;
+        let _writing = self.writing(OP)?;
         if contents.len() != gfns.len() * PAGE_SIZE {
             return Err(self.fail(OP, Errno::EINVAL));
         }
@@ -391,7 +434,7 @@ impl GuestMemory for MockDomain {
                 .saturating_sub(self.machine.tot_pages(record.domid));
             let extents = usize::try_from(room / pages).unwrap_or(usize::MAX);
             let mut done = 0;
-            let _allocator = self.machine.hold_allocator();
+            let _allocator = self.machine.hold_allocator()?;
             for gfn in frames.iter_mut().take(extents) {
                 if !self.populate_extent(order, gfn) {
                     break;
@@ -404,7 +447,7 @@ impl GuestMemory for MockDomain {
 
     fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError> {
         self.look("decrease_reservation", |_| {
-            let _allocator = self.machine.hold_allocator();
+            let _allocator = self.machine.hold_allocator()?;
             for (done, gfn) in gfns.iter().enumerate() {
                 let Some((mfn, _)) = self.resolve(*gfn) else {
                     return Ok(done);

@@ -75,7 +75,8 @@ impl MockHost {
         from: impl FnOnce(Option<String>) -> Result<(), DomainStoreError>,
     ) -> Result<(), DomainStoreError> {
         DomainStore::check_name(self, to)?;
-        let _names = self.machine.lock_names();
+        let names = self.machine.lock_names();
+        let _names = names.map_err(failed("keeping the name", domain))?;
         from(self.name(domain)?)?;
         self.check_free(domain, to)?;
         let doing = "keeping the name";
@@ -86,6 +87,20 @@ impl MockHost {
             })
             .map_err(|error| failed(doing, domain)(error.into()))
     }
+}
+
+impl MockDomain {
+    fn listed(&self, state: &State) -> ListedDomain {
+        ListedDomain {
+            info: self.info_of(state),
+            name: state.record.given_name().map(str::to_owned),
+        }
+    }
+}
+
+/// The error if the list of domains cannot be read.
+fn all(error: &MockError) -> BackendError {
+    BackendError::host("getdomaininfolist", Errno::EIO).explained(error.to_string())
 }
 
 fn gone(domain: DomainRef) -> impl Fn(BackendError) -> DomainStoreError {
@@ -129,17 +144,16 @@ fn bad_name(name: &str) -> DomainStoreError {
 impl DomainStore for MockHost {
     fn list(&self) -> Result<Vec<ListedDomain>, DomainStoreError> {
         let mut listed = Vec::new();
-        for dom in self.machine.all_domains() {
+        let domains = self.machine.all_domains();
+        for dom in domains.map_err(|error| all(&error))? {
             let machine = Arc::clone(&self.machine);
             let domain = MockDomain { machine, dom };
-            let info = match domain.info() {
-                Ok(info) => info,
+            match domain.look("list", |state| Ok(domain.listed(state))) {
+                Ok(of_domain) => listed.push(of_domain),
                 // It has been destroyed in the meantime.
-                Err(error) if error.errno == Errno::ESRCH => continue,
+                Err(error) if error.errno == Errno::ESRCH => {}
                 Err(error) => return Err(error.into()),
-            };
-            let name = domain.dom.lock().record.given_name().map(str::to_owned);
-            listed.push(ListedDomain { info, name });
+            }
         }
         Ok(listed)
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -26,6 +27,20 @@ pub enum MockError {
     InUse {
         /// The host's directory.
         path: PathBuf,
+    },
+    /// Another process has held a lock of the host for long.
+    #[error(
+        "mock host {} is busy: for {} s another process has not let go of {what}; it may be stopped, \
+         and must continue or end first",
+        path.display(), waited.as_secs_f64()
+    )]
+    Busy {
+        /// The host's directory.
+        path: PathBuf,
+        /// What the lock is for.
+        what: String,
+        /// How long it was waited for.
+        waited: Duration,
     },
     /// A directory or file that another user may have put there.
     #[error("{}: {why}", path.display())]

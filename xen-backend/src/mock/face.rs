@@ -34,7 +34,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use self::buffers::Buffers;
 use super::MockHost;
-use super::domain::MockDomain;
+use super::domain::{MockDomain, storage_errno};
 use super::policy;
 use crate::error::BackendError;
 use crate::pages::{Access, ForeignPages};
@@ -202,7 +202,8 @@ impl Face {
         let mut list: sys::xen_sysctl_getdomaininfolist = self.load(place)?;
         let mut bytes = Vec::new();
         let mut found = 0;
-        for domain in self.host.machine.all_domains() {
+        let domains = self.host.machine.all_domains();
+        for domain in domains.map_err(|error| storage_errno(&error))? {
             if domain.domid.0 < list.first_domain || found == list.max_domains {
                 continue;
             }

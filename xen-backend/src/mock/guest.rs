@@ -217,12 +217,7 @@ fn fill(domain: &MockDomain, seed: u64, pages: &[(u64, Mfn)]) -> Result<(), Back
 fn fill_share(domain: &MockDomain, seed: u64, pages: &[(u64, Mfn)]) -> Result<(), BackendError> {
     const MOST: usize = 64;
     let mut buffer = vec![0; MOST * PAGE_SIZE];
-    let flush = |first: Mfn, bytes: &[u8]| {
-        domain
-            .machine
-            .write_frames(first, 0, bytes)
-            .map_err(|errno| domain.fail("fill", errno))
-    };
+    let flush = |first: Mfn, bytes: &[u8]| domain.write_own("fill", first, bytes);
     for run in pages
         .chunk_by(|a, b| a.1.0 + 1 == b.1.0)
         .flat_map(|run| run.chunks(MOST))

@@ -4,8 +4,8 @@
 //! Other processes may have the same machine open. Their changes are detected with counters
 //! ([`super::sharing`]), and read again.
 //!
-//! Lock order: names, the list of domains, a domain's state, the allocator. Mapping
-//! takes none of them.
+//! Lock order: names, a domain's state, its memory ([`Dom::write`]), the list of domains, the
+//! allocator.
 
 mod allocation;
 
@@ -24,6 +24,7 @@ use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
 use self::allocation::{Allocation, recount};
 use super::HostConfig;
 use super::allocator::{Allocator, BLOCK_FRAMES, BLOCK_LEN};
+use super::domain::storage_errno;
 use super::error::MockError;
 use super::frames::{Frame, FrameUse, Frames};
 use super::guest::Stop;
@@ -166,7 +167,7 @@ impl Machine {
             .map(|saved| Ok((saved.record.domid, Arc::new(dom(&store, saved)?))))
             .collect::<Result<BTreeMap<_, _>, MockError>>()?;
         if !in_order {
-            recount(&table, &taken, &m2p, &counters, &memory, &domains);
+            recount(&table, &taken, &m2p, &counters, &memory, &domains)?;
         }
         let seen = store.count(Changes::Allocator);
         let allocator = Allocator::new(taken, config.seed, config.max_run as usize);
@@ -195,46 +196,41 @@ impl Machine {
     }
 
     /// While this is held, no domain's name is changed.
-    pub(super) fn lock_names(&self) -> NamesLocked<'_> {
+    pub(super) fn lock_names(&self) -> Result<NamesLocked<'_>, MockError> {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        NamesLocked {
-            _held: self.store.locks.hold(Range::Names),
+        Ok(NamesLocked {
+            _held: self.store.locks.hold(Range::Names)?,
             _names: names,
-        }
-    }
-
-    /// The number of free frames.
-    pub(super) fn free_pages(&self) -> u64 {
-        self.allocator().free()
+        })
     }
 
     /// All domains, in ascending order.
-    pub(super) fn all_domains(&self) -> Vec<Arc<Dom>> {
-        self.refresh_domains();
+    pub(super) fn all_domains(&self) -> Result<Vec<Arc<Dom>>, MockError> {
+        self.refresh_domains()?;
         let domains = self.domains.read().unwrap_or_else(PoisonError::into_inner);
-        domains.values().cloned().collect()
+        Ok(domains.values().cloned().collect())
     }
 
     /// The domain with this number.
-    pub(super) fn dom(&self, domid: DomId) -> Option<Arc<Dom>> {
-        self.refresh_domains();
+    pub(super) fn dom(&self, domid: DomId) -> Result<Option<Arc<Dom>>, MockError> {
+        self.refresh_domains()?;
         let domains = self.domains.read().unwrap_or_else(PoisonError::into_inner);
-        domains.get(&domid).cloned()
+        Ok(domains.get(&domid).cloned())
     }
 
     /// Reads the list of domains again, if another process has changed it.
-    fn refresh_domains(&self) {
+    fn refresh_domains(&self) -> Result<(), MockError> {
         if self.domains_seen.load(Ordering::Acquire) == self.store.count(Changes::Domains) {
-            return;
+            return Ok(());
         }
         // The write lock keeps this process's threads from adding or removing domains, so that each
         // has only one `Dom`.
         let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = self.read_domains(&mut domains) {
-            tracing::error!(%error, "the domains of another process could not be read");
-        }
+        let _held = self.store.locks.hold(Range::Domains)?;
+        self.read_domains(&mut domains)
     }
 
+    /// Must be called with the list locked.
     fn read_domains(&self, domains: &mut BTreeMap<DomId, Arc<Dom>>) -> Result<(), MockError> {
         // A host in memory has no other processes.
         let now = self.store.count(Changes::Domains);
@@ -275,8 +271,8 @@ impl Machine {
             .next_domid
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let _held = self.store.locks.hold(Range::Domains);
         let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
+        let _held = self.store.locks.hold(Range::Domains)?;
         self.read_domains(&mut domains)?;
         if let Some(host) = self.store.load_host()? {
             *next = host.next_domid;
@@ -287,22 +283,23 @@ impl Machine {
         else {
             return Ok(None);
         };
-        let Some(shared_info) = self.lend_page(domid) else {
+        let Some(shared_info) = self.lend_page(domid)? else {
             return Ok(None);
         };
-        let Some(grant_table) = self.lend_page(domid) else {
-            self.allocator().give_back(&self.frames, shared_info);
+        let Some(grant_table) = self.lend_page(domid)? else {
+            self.allocator()?.give_back(&self.frames, shared_info);
             return Ok(None);
         };
         let lent = [shared_info, grant_table];
         *next = 1 + domid.0 % (DOMID_FIRST_RESERVED - 1);
+        let listed = self.store.changed(Changes::Domains);
         let (mut record, blobs) = make(domid, lent);
         record.born = self.store.changed(Changes::State(domid));
         let saved = self.save_new(*next, &record, &blobs);
         let p2m = match saved {
             Ok(p2m) => p2m,
             Err(e) => {
-                let mut allocator = self.allocator();
+                let mut allocator = self.allocator()?;
                 for mfn in lent {
                     allocator.give_back(&self.frames, mfn);
                 }
@@ -312,7 +309,7 @@ impl Machine {
         let seen = record.born;
         let dom = Arc::new(Dom::new(&self.store, Saved { record, blobs }, p2m, seen));
         domains.insert(domid, Arc::clone(&dom));
-        self.store.changed(Changes::Domains);
+        self.domains_seen.store(listed, Ordering::Release);
         Ok(Some(dom))
     }
 
@@ -348,24 +345,16 @@ impl Machine {
     /// domain stays unchanged.
     pub(super) fn remove_domain(&self, dom: &Dom) -> Result<(), MockError> {
         // Waits for operations on the domain that are in progress.
-        let state = dom.lock();
+        let state = dom.lock()?;
         if dom.is_gone() {
             return Ok(());
         }
-        self.store.forget_domain(dom.domid)?;
-        dom.goes();
-        self.store.changed(Changes::Domains);
-        self.free_all(dom.domid)
-            .map_err(|errno| MockError::io("free", "memory")(errno.into()))?;
+        dom.changes();
+        let frozen = dom.freeze()?;
+        self.take_off_list(dom)?;
+        self.free_all(dom.domid)?;
+        drop(frozen);
         drop(state);
-        let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
-        if domains
-            .get(&dom.domid)
-            .is_some_and(|listed| listed.is_gone())
-        {
-            domains.remove(&dom.domid);
-        }
-        drop(domains);
         if let Err(error) = self.store.clear_forgotten(dom.domid) {
             // The domain is gone all the same; the next process that opens the host removes the
             // directory.
@@ -374,8 +363,25 @@ impl Machine {
         Ok(())
     }
 
-    fn free_all(&self, domid: DomId) -> Result<(), Errno> {
-        let mut allocator = self.allocator();
+    /// Removes a domain from the list. Must be called with its state locked.
+    fn take_off_list(&self, dom: &Dom) -> Result<(), MockError> {
+        let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
+        let _held = self.store.locks.hold(Range::Domains)?;
+        // Not noted in `domains_seen`: other processes may have changed the list before.
+        self.store.changed(Changes::Domains);
+        self.store.forget_domain(dom.domid)?;
+        dom.goes();
+        if domains
+            .get(&dom.domid)
+            .is_some_and(|listed| listed.is_gone())
+        {
+            domains.remove(&dom.domid);
+        }
+        Ok(())
+    }
+
+    fn free_all(&self, domid: DomId) -> Result<(), MockError> {
+        let mut allocator = self.allocator()?;
         let blocks: Vec<Mfn> = allocator.taken_blocks().collect();
         let owned: Vec<Mfn> = blocks
             .into_iter()
@@ -386,7 +392,8 @@ impl Machine {
             self.set_m2p(*mfn, INVALID_M2P);
         }
         for run in owned.chunk_by(|a, b| a.0 + 1 == b.0) {
-            punch(&self.memory, run[0], run.len())?;
+            punch(&self.memory, run[0], run.len())
+                .map_err(|errno| MockError::io("free", "memory")(errno.into()))?;
         }
         for mfn in owned {
             allocator.give_back(&self.frames, mfn);
@@ -398,9 +405,9 @@ impl Machine {
     }
 
     /// Allocate `2^order` frames for `owner`. Returns the first of them.
-    pub(super) fn allocate(&self, order: u8, owner: DomId) -> Option<Mfn> {
-        let mut allocator = self.allocator();
-        match order {
+    pub(super) fn allocate(&self, order: u8, owner: DomId) -> Result<Option<Mfn>, MockError> {
+        let mut allocator = self.allocator()?;
+        Ok(match order {
             0 => {
                 let frame = Frame {
                     owner: Some(owner),
@@ -409,25 +416,26 @@ impl Machine {
                 allocator.take_page(&self.frames, frame)
             }
             _ => allocator.take_extent(&self.frames, order, owner),
-        }
+        })
     }
 
     /// Take a page of Xen's own and lend it to `owner`.
-    pub(super) fn lend_page(&self, owner: DomId) -> Option<Mfn> {
-        self.allocator().take_page(&self.frames, lent_page(owner))
+    pub(super) fn lend_page(&self, owner: DomId) -> Result<Option<Mfn>, MockError> {
+        let mut allocator = self.allocator()?;
+        Ok(allocator.take_page(&self.frames, lent_page(owner)))
     }
 
     /// Take back a lent page without references.
     pub(super) fn take_back(&self, mfn: Mfn) -> Result<(), Errno> {
+        let mut allocator = self.allocator().map_err(|error| storage_errno(&error))?;
         punch(&self.memory, mfn, 1)?;
-        self.allocator().give_back(&self.frames, mfn);
+        allocator.give_back(&self.frames, mfn);
         Ok(())
     }
 
     /// All frames of a domain except Xen's own pages.
     pub(super) fn frames_of(&self, domid: DomId) -> Vec<Mfn> {
-        let blocks: Vec<Mfn> = self.allocator().taken_blocks().collect();
-        blocks
+        self.taken_blocks()
             .into_iter()
             .flat_map(|first| (first.0..first.0 + BLOCK_FRAMES).map(Mfn))
             .filter(|mfn| {
@@ -458,7 +466,7 @@ impl Machine {
     /// Free a frame of `domid` that has no references; its contents are lost. The caller holds the
     /// domain's lock.
     pub(super) fn free_page(&self, mfn: Mfn, domid: DomId) -> Result<(), Errno> {
-        let mut allocator = self.allocator();
+        let mut allocator = self.allocator().map_err(|error| storage_errno(&error))?;
         self.set_m2p(mfn, INVALID_M2P);
         punch(&self.memory, mfn, 1)?;
         allocator.give_back(&self.frames, mfn);

@@ -13,14 +13,23 @@
 //! | 3 | while frames are taken or given back |
 //! | 0x10000 + N | while the state of domain N is looked at or changed |
 //! | 0x20000 + N | by the command that has the lock of domain N |
+//! | 0x30000 + N | shared while memory of domain N is written by its frames; alone while they are freed |
+//!
+//! A process may be stopped (SIGSTOP) while it holds a lock, so no other waits for longer than
+//! [`PATIENCE`].
+//!
+//! A change is counted before it is made, with its lock held: if the process is killed in between,
+//! the others read again for nothing, but never miss a change.
 //!
 //! The counters are words of the file `changes`: 0 of the list of domains, 1 of the allocator,
 //! 0x10000 + N of the state of domain N.
 //!
 //! A host in memory belongs to one process, and needs no locks.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -41,8 +50,15 @@ pub(super) const COUNTERS: usize = 0x2_0000;
 
 /// How long to wait for a process that is repairing the host.
 const OPEN_WAIT: Duration = Duration::from_secs(10);
-/// The interval between attempts.
+/// The longest interval between attempts.
 const LOOK: Duration = Duration::from_millis(2);
+/// The first interval between attempts.
+const FIRST_LOOK: Duration = Duration::from_micros(50);
+/// How long to wait for a lock. No process holds one for as long, unless it is stopped.
+const PATIENCE: Duration = match cfg!(test) {
+    true => Duration::from_millis(500),
+    false => Duration::from_secs(10),
+};
 
 /// The subject of a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +75,22 @@ pub(super) enum Range {
     State(DomId),
     /// The work of a command on a domain.
     Work(DomId),
+    /// The memory of a domain, as frames that it has.
+    Memory(DomId),
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Open => f.write_str("the host"),
+            Self::Domains => f.write_str("the list of domains"),
+            Self::Names => f.write_str("the names of the domains"),
+            Self::Allocator => f.write_str("the allocator of memory"),
+            Self::State(domid) => write!(f, "the state of {domid}"),
+            Self::Work(domid) => write!(f, "the work on {domid}"),
+            Self::Memory(domid) => write!(f, "the memory of {domid}"),
+        }
+    }
 }
 
 impl Range {
@@ -70,6 +102,7 @@ impl Range {
             Self::Allocator => 3,
             Self::State(domid) => 0x1_0000 + i64::from(domid.0),
             Self::Work(domid) => 0x2_0000 + i64::from(domid.0),
+            Self::Memory(domid) => 0x3_0000 + i64::from(domid.0),
         }
     }
 }
@@ -98,7 +131,7 @@ impl Changes {
 
 /// A way to lock a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Lock {
+pub(super) enum Lock {
     Shared,
     Alone,
     Not,
@@ -115,11 +148,21 @@ pub(super) enum Opened {
 
 /// The locks of a host.
 #[derive(Debug)]
-pub(super) struct Locks(Option<File>);
+pub(super) struct Locks {
+    /// `None` for a host in memory.
+    file: Option<File>,
+    /// The host's directory.
+    path: PathBuf,
+}
 
 impl Locks {
     /// The locks of a host in memory: none.
-    pub(super) const NONE: Self = Self(None);
+    pub(super) fn none() -> Self {
+        Self {
+            file: None,
+            path: PathBuf::new(),
+        }
+    }
 
     /// Whether a host has been opened in a directory, or is being made there.
     pub(super) fn are_there(place: &Place) -> bool {
@@ -128,12 +171,15 @@ impl Locks {
 
     /// Opens the locks of the host in a directory, which marks the host as open.
     pub(super) fn open(place: &Place) -> Result<(Self, Opened), MockError> {
-        let locks = Self(Some(place.file(LOCK, How::Write)?));
+        let locks = Self {
+            file: Some(place.file(LOCK, How::Write)?),
+            path: place.path().to_owned(),
+        };
         let path = || place.path().join(LOCK);
         let until = Instant::now() + OPEN_WAIT;
         loop {
             for (lock, opened) in [(Lock::Alone, Opened::Alone), (Lock::Shared, Opened::Beside)] {
-                match locks.set(Range::Open, lock, false) {
+                match locks.set(Range::Open, lock) {
                     Ok(()) => return Ok((locks, opened)),
                     Err(Errno::EAGAIN | Errno::EACCES) => {}
                     Err(errno) => return Err(MockError::io("lock", path())(errno.into())),
@@ -150,33 +196,51 @@ impl Locks {
 
     /// Lets other processes open the host too.
     pub(super) fn share(&self) -> io::Result<()> {
-        Ok(self.set(Range::Open, Lock::Shared, false)?)
+        Ok(self.set(Range::Open, Lock::Shared)?)
     }
 
-    /// Waits for a lock, which is held until the returned value is dropped.
-    pub(super) fn hold(&self, range: Range) -> Held<'_> {
-        self.wait(range);
-        Held { locks: self, range }
+    /// Waits for a lock, which is held alone until the returned value is dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::Busy`] if another process holds it for long; the system's.
+    pub(super) fn hold(&self, range: Range) -> Result<Held<'_>, MockError> {
+        self.wait(range, Lock::Alone)?;
+        Ok(Held { locks: self, range })
     }
 
     /// Waits for a lock, which is held until [`Locks::give_back`].
-    pub(super) fn wait(&self, range: Range) {
+    ///
+    /// # Errors
+    ///
+    /// As [`Locks::hold`].
+    pub(super) fn wait(&self, range: Range, lock: Lock) -> Result<(), MockError> {
+        let until = Instant::now() + PATIENCE;
+        let mut pause = FIRST_LOOK;
         loop {
-            match self.set(range, Lock::Alone, true) {
-                Ok(()) => return,
-                Err(Errno::EINTR) => {}
-                // Not every file system has locks. Without them, only one process at a time may use
-                // the host.
+            match self.set(range, lock) {
+                Ok(()) => return Ok(()),
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN | Errno::EACCES) => {}
                 Err(errno) => {
-                    return tracing::error!(%errno, ?range, "a mock host could not be locked");
+                    return Err(MockError::io("lock", self.path.join(LOCK))(errno.into()));
                 }
             }
+            if Instant::now() >= until {
+                return Err(MockError::Busy {
+                    path: self.path.clone(),
+                    what: range.to_string(),
+                    waited: PATIENCE,
+                });
+            }
+            thread::sleep(pause);
+            pause = (2 * pause).min(LOOK);
         }
     }
 
     /// Takes a lock, if no other process has it.
     pub(super) fn take(&self, range: Range) -> io::Result<bool> {
-        match self.set(range, Lock::Alone, false) {
+        match self.set(range, Lock::Alone) {
             Ok(()) => Ok(true),
             Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
             Err(errno) => Err(errno.into()),
@@ -185,13 +249,15 @@ impl Locks {
 
     /// Releases a lock.
     pub(super) fn give_back(&self, range: Range) {
-        if let Err(errno) = self.set(range, Lock::Not, false) {
+        if let Err(errno) = self.set(range, Lock::Not) {
             tracing::error!(%errno, ?range, "a lock of a mock host could not be given back");
         }
     }
 
-    fn set(&self, range: Range, lock: Lock, wait: bool) -> Result<(), Errno> {
-        let Some(file) = &self.0 else { return Ok(()) };
+    fn set(&self, range: Range, lock: Lock) -> Result<(), Errno> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
         let kind = match lock {
             Lock::Shared => libc::F_RDLCK,
             Lock::Alone => libc::F_WRLCK,
@@ -204,11 +270,7 @@ impl Locks {
             l_len: 1,
             l_pid: 0,
         };
-        let how = match wait {
-            true => FcntlArg::F_OFD_SETLKW(&what),
-            false => FcntlArg::F_OFD_SETLK(&what),
-        };
-        fcntl(file, how).map(drop)
+        fcntl(file, FcntlArg::F_OFD_SETLK(&what)).map(drop)
     }
 }
 
@@ -228,9 +290,18 @@ impl Drop for Held<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::path::Path;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, OnceLock, mpsc};
+
+    use xsr_format::frame::{Gfn, PageType};
 
     use super::*;
+    use crate::domain_store::{DomainRef, DomainStore};
+    use crate::mock::{GuestSpec, HostConfig, MockHost};
+    use crate::{GuestKind, Host as _, NewDomain};
 
     #[test]
     fn a_lock_is_one_processes_and_a_host_that_is_put_in_order_is_waited_for() {
@@ -258,5 +329,183 @@ mod tests {
             drop(first);
             assert!(second.take(range).expect("it has ended"));
         });
+    }
+
+    #[test]
+    fn a_lock_that_another_process_keeps_is_an_error_in_time() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let place = Place::create(dir.path()).expect("a directory");
+        let (stopped, _) = Locks::open(&place).expect("the locks");
+        stopped.share().expect("shared");
+        let (other, _) = Locks::open(&place).expect("the locks");
+        for (range, what) in [
+            (Range::Names, "the names of the domains"),
+            (Range::State(DomId(3)), "the state of domain 3"),
+        ] {
+            let held = stopped.hold(range).expect("a lock");
+            let error = other.hold(range).expect_err("it is held").to_string();
+            assert!(error.contains(what), "{error}");
+            assert!(error.contains("may be stopped"), "{error}");
+            drop(held);
+            drop(other.hold(range).expect("it is free"));
+        }
+    }
+
+    #[test]
+    fn a_lock_that_fails_is_an_error() {
+        // Locks cannot be set on such a descriptor.
+        let locks = Locks {
+            file: Some(File::open("/dev/null").expect("a file")),
+            path: PathBuf::from("/dev"),
+        };
+        let error = locks.hold(Range::Names).expect_err("no lock");
+        assert!(matches!(error, MockError::Io { .. }), "{error}");
+    }
+
+    fn small() -> HostConfig {
+        HostConfig {
+            memory_pages: 4096,
+            ..HostConfig::default()
+        }
+    }
+
+    /// Two processes' views of one host, and a guest of it.
+    fn two(dir: &Path) -> ([MockHost; 2], DomId) {
+        let one = MockHost::create(dir, &small()).expect("a host");
+        let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
+        let domid = one.create_guest(&spec).expect("a guest");
+        let other = MockHost::open(dir).expect("the host");
+        ([one, other], domid)
+    }
+
+    #[test]
+    fn a_stopped_process_holds_up_no_rename_for_long() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ([stopped, other], domid) = two(dir.path());
+        let stopped = stopped.mock_domain(domid).expect("the guest");
+        let state = stopped.dom.lock().expect("its state");
+        let error = other.rename(domid, "other").expect_err("it is held");
+        let MockError::Backend(error) = error else {
+            panic!("{error}");
+        };
+        assert_eq!(error.errno, Errno::ETIMEDOUT);
+        let words = error.to_string();
+        assert!(words.contains("has not let go of the state of"), "{words}");
+        drop(state);
+        other.rename(domid, "other").expect("it goes on");
+    }
+
+    #[test]
+    fn a_state_that_cannot_be_read_again_is_neither_used_nor_written_back() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ([one, other], domid) = two(dir.path());
+        let (domain, same) = (one.domain(domid), other.domain(domid));
+        let (domain, same) = (domain.expect("the guest"), same.expect("the guest"));
+        let which = one.find("web").map(|_| domain.info().expect("it"));
+        let which = DomainRef::from(&which.expect("the guest"));
+        same.pause().expect("paused");
+        let path = dir.path().join(format!("domains/{}/state.json", domid.0));
+        let kept = fs::read(&path).expect("the state");
+        fs::write(&path, b"{").expect("damaged");
+        domain.info().expect_err("it is not known");
+        domain.pause().expect_err("it is not known");
+        domain
+            .page_types(&[Gfn(0)], &mut [PageType::XTAB])
+            .expect_err("it may be gone");
+        one.forget(which).expect_err("it is not known");
+        DomainStore::list(&one).expect_err("its name is not known");
+        one.rename(domid, "other").expect_err("it is not known");
+        assert_eq!(fs::read(&path).expect("the state"), b"{", "written back");
+        fs::write(&path, kept).expect("repaired");
+        domain.pause().expect("it is read now");
+        for _ in 0..2 {
+            same.unpause().expect("paused twice");
+        }
+        same.unpause().expect_err("it runs");
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_read_again_is_not_used() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ([one, other], domid) = two(dir.path());
+        other.domain(domid).expect("the guest").destroy().expect("gone");
+        let path = dir.path().join("domains");
+        let away = dir.path().join("away");
+        fs::rename(&path, &away).expect("moved");
+        for error in [
+            one.list().map(drop).expect_err("not known"),
+            one.find("web").map(drop).expect_err("not known"),
+            one.rename(domid, "other").expect_err("not known"),
+        ] {
+            let words = error.to_string();
+            assert!(words.contains("domains"), "{words}");
+        }
+        fs::rename(&away, &path).expect("moved back");
+        assert!(one.list().expect("read").is_empty());
+    }
+
+    /// The memory of a guest that is destroyed while it is made may be another one's.
+    #[test]
+    fn a_guest_that_is_destroyed_while_it_is_made_writes_to_no_other() {
+        for kind in [GuestKind::Pv, GuestKind::Pvh] {
+            let dir = tempfile::tempdir().expect("a directory");
+            let one = MockHost::create(dir.path(), &small()).expect("a host");
+            let other = MockHost::open(dir.path()).expect("the host");
+            let third = Arc::new(OnceLock::new());
+            let (made, asked) = (Arc::clone(&third), AtomicUsize::new(0));
+            one.stop_making_when(move || {
+                // The guest has its memory; the last chunks are being filled.
+                if asked.fetch_add(1, Ordering::SeqCst) == 20 {
+                    let domid = other.find("web").expect("half made");
+                    other.domain(domid).expect("it").destroy().expect("gone");
+                    let new = NewDomain::new(GuestKind::Pvh, 1, 3000);
+                    let domid = other.create(&new).expect("a domain");
+                    let domain = other.domain(domid).expect("it");
+                    let mut frames: Vec<Gfn> = (0..3000).map(Gfn).collect();
+                    assert_eq!(domain.populate(0, &mut frames).expect("memory"), 3000);
+                    made.set((other.clone(), domid)).expect("once");
+                }
+                false
+            });
+            let spec = GuestSpec::new("web", kind, 8);
+            let error = one.create_guest(&spec).expect_err("it is destroyed");
+            assert!(error.to_string().contains("ESRCH"), "{error}");
+            let (other, domid) = third.get().expect("made");
+            let digest = other.memory_digest(*domid).expect("its memory");
+            let zero = other.create(&NewDomain::new(GuestKind::Pvh, 1, 1));
+            let zero = zero.expect("a domain");
+            let page = &mut [Gfn(0)];
+            other.domain(zero).expect("it").populate(0, page).expect("a page");
+            let zero = other.memory_digest(zero).expect("a page").pages()[0].contents;
+            let written = digest.pages().iter().filter(|page| page.contents != zero);
+            assert_eq!(written.count(), 0, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn changes_are_counted_before_they_are_made() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ([one, _], domid) = two(dir.path());
+        let machine = &one.machine;
+        let count = |of| machine.store.count(of);
+        let mut record = {
+            let dom = machine.dom(domid).expect("the list").expect("the guest");
+            dom.lock().expect("its state").record.clone()
+        };
+        let before = count(Changes::Domains);
+        let added = machine.add_domain(|domid, _| {
+            assert_ne!(count(Changes::Domains), before, "not counted");
+            record.domid = domid;
+            (record, BTreeMap::new())
+        });
+        let added = added.expect("a domain").expect("there is room");
+        let before = count(Changes::Domains);
+        let state = count(Changes::State(added.domid));
+        let path = dir.path().join("domains");
+        fs::rename(&path, dir.path().join("away")).expect("moved");
+        machine.remove_domain(&added).expect_err("it cannot be removed");
+        assert_ne!(count(Changes::Domains), before, "not counted");
+        assert_ne!(count(Changes::State(added.domid)), state, "not counted");
+        assert!(!added.is_gone());
     }
 }

@@ -3,15 +3,18 @@
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn};
 
 use super::dirty::DirtyLog;
+use super::error::MockError;
 use super::memory::Words;
-use super::sharing::{Changes, Held, Range};
+use super::sharing::{Changes, Held, Lock, Range};
 use super::store::{Saved, Store};
 use super::workload::Workload;
 use crate::domain_store::LockHolder;
@@ -149,6 +152,37 @@ pub(super) struct Dom {
     /// The holder of the domain's lock, if it is this process.
     pub(super) holder: Mutex<Option<LockHolder>>,
     state: Mutex<State>,
+    /// Keeps this process's threads from freeing memory that one of them writes by its frames.
+    memory: RwLock<()>,
+    /// The number of [`Writing`] of this process, which share one lock.
+    writers: Mutex<usize>,
+}
+
+/// Permission to write a domain's memory by its frames ([`Dom::write`]).
+#[derive(Debug)]
+#[must_use = "dropping it lets the domain lose its frames"]
+pub(super) struct Writing<'d> {
+    dom: &'d Dom,
+    _threads: RwLockReadGuard<'d, ()>,
+}
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        let mut writers = self.dom.writers();
+        *writers -= 1;
+        if *writers == 0 {
+            let range = Range::Memory(self.dom.domid);
+            self.dom.store.locks.give_back(range);
+        }
+    }
+}
+
+/// Keeps a domain's memory from being written ([`Dom::freeze`]).
+#[derive(Debug)]
+#[must_use = "dropping it lets the memory be written"]
+pub(super) struct Frozen<'d> {
+    _held: Held<'d>,
+    _threads: RwLockWriteGuard<'d, ()>,
 }
 
 /// A guard of a domain's state.
@@ -194,35 +228,91 @@ impl Dom {
             stepped: Mutex::new(None),
             holder: Mutex::new(None),
             state: Mutex::new(State { record, blobs }),
+            memory: RwLock::new(()),
+            writers: Mutex::new(0),
         }
     }
 
     /// The state, for as long as the guard lives; no other process changes it meanwhile. No caller
     /// panics during a change, so the state is valid even if the lock is poisoned.
-    pub(super) fn lock(&self) -> Locked<'_> {
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::Busy`]; another process has changed the state and it cannot be read: what this
+    /// process knows must neither be used nor written back.
+    pub(super) fn lock(&self) -> Result<Locked<'_>, MockError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let held = self.store.locks.hold(Range::State(self.domid));
-        self.refresh(&mut state);
-        Locked { _held: held, state }
+        let held = self.store.locks.hold(Range::State(self.domid))?;
+        self.refresh(&mut state)?;
+        Ok(Locked { _held: held, state })
     }
 
-    /// Reads the state again, if another process has changed it.
-    fn refresh(&self, state: &mut State) {
+    /// Reads the state again, if another process has changed it. After a failure the next use tries
+    /// again.
+    fn refresh(&self, state: &mut State) -> Result<(), MockError> {
         let now = self.store.count(Changes::State(self.domid));
         if self.seen.load(Ordering::Acquire) == now || self.is_gone() {
-            return;
+            return Ok(());
         }
-        match self.store.load_domain(self.domid) {
-            Ok(Some(Saved { record, blobs })) if record.born == self.born => {
+        match self.store.load_domain(self.domid)? {
+            Some(Saved { record, blobs }) if record.born == self.born => {
                 *state = State { record, blobs };
             }
-            Ok(_) => self.gone.store(true, Ordering::Release),
-            // The next use tries again.
-            Err(error) => {
-                return tracing::error!(%error, "what another process changed could not be read");
-            }
+            _ => self.gone.store(true, Ordering::Release),
         }
         self.seen.store(now, Ordering::Release);
+        Ok(())
+    }
+
+    /// Permission to write memory of the domain by its frames: while the result lives, the domain
+    /// keeps them. `None` if the domain is destroyed. Must not be called with the state locked, nor
+    /// the state be locked while the result lives.
+    ///
+    /// # Errors
+    ///
+    /// As [`Dom::lock`].
+    pub(super) fn write(&self) -> Result<Option<Writing<'_>>, MockError> {
+        loop {
+            if self.is_gone_now()? {
+                return Ok(None);
+            }
+            let threads = self.memory.read().unwrap_or_else(PoisonError::into_inner);
+            let mut writers = self.writers();
+            if *writers == 0 {
+                let range = Range::Memory(self.domid);
+                self.store.locks.wait(range, Lock::Shared)?;
+            }
+            *writers += 1;
+            drop(writers);
+            let writing = Writing {
+                dom: self,
+                _threads: threads,
+            };
+            // Whoever destroys the domain has counted that before waiting for the memory.
+            let now = self.store.count(Changes::State(self.domid));
+            if self.seen.load(Ordering::Acquire) == now && !self.is_gone() {
+                return Ok(Some(writing));
+            }
+        }
+    }
+
+    fn writers(&self) -> MutexGuard<'_, usize> {
+        self.writers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nothing writes the domain's memory by its frames. Must be called with the state
+    /// locked, after [`Dom::changes`].
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::Busy`].
+    pub(super) fn freeze(&self) -> Result<Frozen<'_>, MockError> {
+        let threads = self.memory.write().unwrap_or_else(PoisonError::into_inner);
+        let held = self.store.locks.hold(Range::Memory(self.domid))?;
+        Ok(Frozen {
+            _held: held,
+            _threads: threads,
+        })
     }
 
     /// Counts a change of the state. Must be called with the state locked, before it is written.
@@ -231,9 +321,8 @@ impl Dom {
         self.seen.store(now, Ordering::Release);
     }
 
-    /// Marks the domain as destroyed. Must be called with the state locked.
+    /// Marks the domain as destroyed. Must be called with the state locked, after [`Dom::changes`].
     pub(super) fn goes(&self) {
-        self.changes();
         self.gone.store(true, Ordering::Release);
     }
 
@@ -243,12 +332,16 @@ impl Dom {
     }
 
     /// Whether the domain is destroyed, by this process or another one.
-    pub(super) fn is_gone_now(&self) -> bool {
+    ///
+    /// # Errors
+    ///
+    /// As [`Dom::lock`].
+    pub(super) fn is_gone_now(&self) -> Result<bool, MockError> {
         let counted = self.store.count(Changes::State(self.domid));
         if self.seen.load(Ordering::Acquire) != counted {
-            drop(self.lock());
+            drop(self.lock()?);
         }
-        self.is_gone()
+        Ok(self.is_gone())
     }
 
     /// Whether `record` is of this domain, and not of an earlier one with its number.

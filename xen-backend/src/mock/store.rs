@@ -113,7 +113,7 @@ fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, MockError> {
 impl Store {
     /// A store in memory.
     pub(super) fn in_memory() -> Result<Self, MockError> {
-        Self::over(None, Locks::NONE)
+        Self::over(None, Locks::none())
     }
 
     /// A store in a directory, which other processes may have open too.

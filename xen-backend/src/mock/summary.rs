@@ -1,7 +1,9 @@
 //! Summaries of a mock host's domains, for users and for `--json`.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use nix::errno::Errno;
 use serde::Serialize;
 use xsr_format::frame::{Gfn, PageType};
 
@@ -121,13 +123,23 @@ impl MockDomain {
 
 impl MockHost {
     /// Every domain, in ascending order.
-    pub fn list(&self) -> Vec<DomainSummary> {
-        self.machine
-            .all_domains()
-            .into_iter()
-            .filter_map(|dom| self.mock_domain(dom.domid).ok())
-            .map(|domain| domain.summary_of(&domain.dom.lock().record))
-            .collect()
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::Busy`]; I/O errors.
+    pub fn list(&self) -> Result<Vec<DomainSummary>, MockError> {
+        let mut summaries = Vec::new();
+        for dom in self.machine.all_domains()? {
+            let machine = Arc::clone(&self.machine);
+            let domain = MockDomain { machine, dom };
+            match domain.look("list", |state| Ok(domain.summary_of(&state.record))) {
+                Ok(summary) => summaries.push(summary),
+                // It has been destroyed in the meantime.
+                Err(error) if error.errno == Errno::ESRCH => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(summaries)
     }
 
     /// A full report on one domain.

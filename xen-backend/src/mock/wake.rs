@@ -14,7 +14,7 @@
 use nix::errno::Errno;
 use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
 
-use super::domain::MockDomain;
+use super::domain::{MockDomain, storage_errno};
 use super::layout::{SharedInfoLayout, VcpuLayout, read_word, write_word};
 use super::state::State;
 
@@ -74,10 +74,9 @@ impl MockDomain {
                 for (at, mfn) in entries.iter().enumerate() {
                     write_word(&mut page, at * width, width, *mfn);
                 }
-                let mfn = self
-                    .machine
-                    .lend_page(self.dom.domid)
-                    .ok_or(Errno::ENOMEM)?;
+                let lent = self.machine.lend_page(self.dom.domid);
+                let lent = lent.map_err(|error| storage_errno(&error))?;
+                let mfn = lent.ok_or(Errno::ENOMEM)?;
                 // Recorded at once, so that a rollback takes it back.
                 state.record.lent.push(mfn.0);
                 self.machine.write_frames(mfn, 0, &page)?;

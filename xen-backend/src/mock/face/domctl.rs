@@ -8,7 +8,7 @@ use xsr_format::frame::{Gfn, PageType};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::{BODY, DOMCTL_HEADER, Face, errno, sys};
-use crate::mock::domain::MockDomain;
+use crate::mock::domain::{MockDomain, storage_errno};
 use crate::privcmd::call::{
     AFFINITY_HARD, SCHEDULER_CREDIT, SCHEDULER_OP, SCHEDULER_PUT, SET_VCPU_AFFINITY, SchedulerOp,
     VcpuAffinity,
@@ -156,6 +156,7 @@ impl Face {
                 .host
                 .machine
                 .all_domains()
+                .map_err(|error| storage_errno(&error))?
                 .iter()
                 .map(|domain| domain.domid.0)
                 .find(|next| *next > domid)

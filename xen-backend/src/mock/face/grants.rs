@@ -9,6 +9,7 @@ use xsr_format::frame::Gfn;
 use zerocopy::IntoBytes;
 
 use super::Face;
+use super::mapping::grant_table;
 use crate::privcmd::call::GNTTABOP_SETUP_TABLE;
 use crate::sys::common::{
     gnttab_setup_table as SetupTable, xen_add_to_physmap as AddToPhysmap,
@@ -36,7 +37,7 @@ impl Face {
             return Ok(0);
         };
         let frame = match domain.dom.kind.is_translated() {
-            false => domain.dom.lock().record.grant_table,
+            false => grant_table(&domain)?.0,
             // Its gfn in the guest, if it has one.
             true => {
                 let state = self.state();

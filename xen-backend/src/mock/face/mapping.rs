@@ -11,7 +11,7 @@ use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
 use super::memory::M2P_FRAMES;
 use super::{Face, sys};
 use crate::DomId;
-use crate::mock::domain::MockDomain;
+use crate::mock::domain::{MockDomain, storage_errno};
 use crate::mock::memory;
 use crate::pages::{Access, ForeignPages};
 use crate::privcmd::{FrameMapping, Resource};
@@ -67,21 +67,21 @@ struct Owner {
 impl Owner {
     fn of(face: &Face, domid: u16) -> Result<Self, Errno> {
         let domain = face.domain(domid)?;
-        let table = domain.dom.lock().record.grant_table;
+        let table = grant_table(&domain)?;
         let state = face.state();
         let table_at = match domain.dom.kind.is_translated() {
             true => {
                 let of_domain = state.tables.range((domid, 0)..=(domid, u64::MAX));
                 of_domain.map(|(_, gfn)| Gfn(*gfn)).collect()
             }
-            false => vec![Gfn(table)],
+            false => vec![Gfn(table.0)],
         };
         let some_paged_out = !state.paged_out.is_empty();
         drop(state);
         Ok(Self {
             domain,
             some_paged_out,
-            table: Mfn(table),
+            table,
             table_at,
         })
     }
@@ -136,6 +136,12 @@ impl Face {
     }
 }
 
+/// The frame of a domain's grant table.
+pub(super) fn grant_table(domain: &MockDomain) -> Result<Mfn, Errno> {
+    let state = domain.dom.lock().map_err(|error| storage_errno(&error))?;
+    Ok(Mfn(state.record.grant_table))
+}
+
 /// The grant table of a domain, which is the only resource.
 pub(super) fn resource(
     face: &Face,
@@ -150,9 +156,9 @@ pub(super) fn resource(
     if (resource.first, resource.frames) != (0, 1) {
         return Err(Errno::EINVAL);
     }
-    let table = face.domain(domid.0)?.dom.lock().record.grant_table;
+    let table = grant_table(&face.domain(domid.0)?)?;
     let memory = &face.host.machine.memory;
-    memory::map_frames(memory, &[Gfn(table)], Access::Write, |_, gfn| {
+    memory::map_frames(memory, &[Gfn(table.0)], Access::Write, |_, gfn| {
         Ok(Mfn(gfn.0))
     })
 }

@@ -260,6 +260,7 @@ fn grants_are_seeded_without_resources() {
             .unwrap()
             .dom
             .lock()
+            .unwrap()
             .record
             .grant_table;
         let page = machine.machine.read_frame(Mfn(table)).unwrap();

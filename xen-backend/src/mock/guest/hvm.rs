@@ -117,10 +117,7 @@ fn write_special(domain: &MockDomain) -> Result<(), BackendError> {
     console[..20].copy_from_slice(b"A guest made by xsr\n");
     for (pfn, page) in [(IDENT_PT, identity), (CONSOLE, console)] {
         if let Some(mfn) = domain.dom.p2m_get(Gfn(pfn)) {
-            domain
-                .machine
-                .write_frames(mfn, 0, &page)
-                .map_err(|errno| domain.fail("build", errno))?;
+            domain.write_own("build", mfn, &page)?;
         }
     }
     Ok(())

@@ -130,8 +130,8 @@ impl Build<'_> {
 
     fn write(&self, pfn: u64, page: &[u8]) -> Result<(), BackendError> {
         let mfn = self.mfn(pfn).ok_or(Errno::EINVAL);
-        mfn.and_then(|mfn| self.domain.machine.write_frames(Mfn(mfn), 0, page))
-            .map_err(|errno| self.domain.fail("build", errno))
+        let mfn = mfn.map_err(|errno| self.domain.fail("build", errno))?;
+        self.domain.write_own("build", Mfn(mfn), page)
     }
 
     fn style(&self) -> P2mStyle {
@@ -313,10 +313,8 @@ impl Build<'_> {
             }
             self.write(GDT + vcpu, &gdt)?;
         }
-        self.domain
-            .machine
-            .write_frames(Mfn(shared_info.0), 0, &self.shared_info())
-            .map_err(|errno| self.domain.fail("build", errno))
+        let page = self.shared_info();
+        self.domain.write_own("build", Mfn(shared_info.0), &page)
     }
 
     fn start_info(&self, shared_info: Gfn) -> Result<[u8; PAGE_SIZE], BackendError> {

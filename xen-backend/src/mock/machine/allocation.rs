@@ -5,13 +5,16 @@ use std::fs::File;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
+use nix::errno::Errno;
 use xsr_format::frame::Mfn;
 
 use super::super::allocator::{Allocator, BLOCK_FRAMES};
+use super::super::domain::storage_errno;
+use super::super::error::MockError;
 use super::super::frames::{Frame, Frames};
 use super::super::memory::Words;
-use super::super::sharing::{Changes, Held, Range};
-use super::super::state::Dom;
+use super::super::sharing::{Changes, Held, Lock, Range};
+use super::super::state::{Dom, Record};
 use super::super::store::Store;
 use super::{COUNTERS, INVALID_M2P, Machine, pages_counter, punch};
 use crate::DomId;
@@ -43,6 +46,8 @@ pub(super) struct Allocating<'m> {
     /// Keeps out other processes. Declared before `allocation`, which keeps out threads, so that it
     /// is dropped first.
     _held: Option<Held<'m>>,
+    /// Whether a change has been counted.
+    counted: bool,
     allocation: MutexGuard<'m, Allocation>,
 }
 
@@ -54,17 +59,13 @@ impl Deref for Allocating<'_> {
     }
 }
 
+/// For a change, which is counted first.
 impl DerefMut for Allocating<'_> {
     fn deref_mut(&mut self) -> &mut Allocator {
-        &mut self.allocation.allocator
-    }
-}
-
-impl Drop for Allocating<'_> {
-    fn drop(&mut self) {
-        if self.allocation.allocator.take_changed() {
+        if !std::mem::replace(&mut self.counted, true) {
             self.allocation.seen = self.store.changed(Changes::Allocator);
         }
+        &mut self.allocation.allocator
     }
 }
 
@@ -88,29 +89,53 @@ impl Machine {
         allocation.unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn allocator(&self) -> Allocating<'_> {
+    /// The allocator; no other process changes it meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// As [`Locks::hold`](super::super::sharing::Locks::hold).
+    pub(super) fn allocator(&self) -> Result<Allocating<'_>, MockError> {
         let mut allocation = self.allocation();
-        let held = (allocation.holders == 0).then(|| {
-            let held = self.store.locks.hold(Range::Allocator);
-            self.refresh_allocator(&mut allocation);
-            held
-        });
-        Allocating {
+        let held = match allocation.holders {
+            0 => {
+                let held = self.store.locks.hold(Range::Allocator)?;
+                self.refresh_allocator(&mut allocation);
+                Some(held)
+            }
+            _ => None,
+        };
+        Ok(Allocating {
             store: &self.store,
             _held: held,
+            counted: false,
             allocation,
-        }
+        })
     }
 
     /// Keeps other processes from the allocator until the result is dropped.
-    pub(in super::super) fn hold_allocator(&self) -> AllocatorHeld<'_> {
+    ///
+    /// # Errors
+    ///
+    /// The lock's, as an errno.
+    pub(in super::super) fn hold_allocator(&self) -> Result<AllocatorHeld<'_>, Errno> {
         let mut allocation = self.allocation();
         if allocation.holders == 0 {
-            self.store.locks.wait(Range::Allocator);
+            let locked = self.store.locks.wait(Range::Allocator, Lock::Alone);
+            locked.map_err(|error| storage_errno(&error))?;
             self.refresh_allocator(&mut allocation);
         }
         allocation.holders += 1;
-        AllocatorHeld(self)
+        Ok(AllocatorHeld(self))
+    }
+
+    /// The number of free frames at this moment.
+    pub(in super::super) fn free_pages(&self) -> u64 {
+        self.allocation().allocator.free_now()
+    }
+
+    /// The first frame of each block that has frames taken, at this moment.
+    pub(super) fn taken_blocks(&self) -> Vec<Mfn> {
+        self.allocation().allocator.taken_blocks().collect()
     }
 
     /// Reads the frames taken again, if another process has changed them.
@@ -132,7 +157,11 @@ pub(super) fn recount(
     counters: &Words,
     memory: &File,
     domains: &BTreeMap<DomId, Arc<Dom>>,
-) {
+) -> Result<(), MockError> {
+    let mut lent: BTreeMap<DomId, Record> = BTreeMap::new();
+    for (domid, dom) in domains {
+        lent.insert(*domid, dom.lock()?.record.clone());
+    }
     let mut pages: BTreeMap<DomId, u64> = BTreeMap::new();
     for block in 1..taken.len() {
         let first = block as u64 * BLOCK_FRAMES;
@@ -142,9 +171,9 @@ pub(super) fn recount(
                 continue;
             };
             let Some(owner) = frame.owner else { continue };
-            let kept = domains
+            let kept = lent
                 .get(&owner)
-                .is_some_and(|dom| !frame.xen_heap || dom.lock().record.borrows(mfn));
+                .is_some_and(|record| !frame.xen_heap || record.borrows(mfn));
             if !kept {
                 if let Err(errno) = punch(memory, mfn, 1) {
                     tracing::error!(%errno, %mfn, "a frame left behind could not be cleared");
@@ -173,6 +202,28 @@ pub(super) fn recount(
             (at..at + COUNTERS)
                 .filter(|counter| counters.get(*counter) != 0)
                 .for_each(|counter| counters.set(counter, 0));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::mock::sharing::Changes;
+    use crate::mock::{HostConfig, MockHost};
+
+    #[test]
+    fn a_change_is_counted_before_it_is_made() {
+        let host = MockHost::ephemeral(&HostConfig::default()).expect("a host");
+        let count = || host.machine.store.count(Changes::Allocator);
+        let mut allocator = host.machine.allocator().expect("the allocator");
+        let before = count();
+        assert!(allocator.taken_blocks().count() > 0);
+        assert_eq!(count(), before, "only looked at");
+        for _ in 0..2 {
+            // The first step of any change.
+            let _: &mut _ = &mut *allocator;
+            assert_eq!(count(), before + 1);
         }
     }
 }

@@ -64,7 +64,8 @@ fn references(
     frames: &[Gfn],
     width: u8,
 ) -> BTreeMap<(u64, u64), u32> {
-    let dom = machine.dom(domid).expect("the domain");
+    let dom = machine.dom(domid).expect("the list");
+    let dom = dom.expect("the domain");
     let tables = Tables::new(machine, &dom, width);
     let mut held = BTreeMap::new();
     for gfn in frames {

@@ -79,7 +79,7 @@ fn digest(host: &MockHost, domid: DomId) -> MemoryDigest {
 /// Checks that the counts equal the existing references.
 fn check_references(host: &MockHost, domid: DomId) {
     let domain = host.mock_domain(domid).expect("the domain");
-    let state = domain.dom.lock();
+    let state = domain.dom.lock().expect("its state");
     let width = state.record.width;
     let layout = VcpuLayout::of(width);
     let mut others = Vec::new();
@@ -105,7 +105,7 @@ fn check_references(host: &MockHost, domid: DomId) {
 /// Checks that the p2m and the m2p agree, and that the frames are the guest's.
 fn check_p2m(host: &MockHost, domid: DomId) {
     let domain = host.mock_domain(domid).expect("the domain");
-    let state = domain.dom.lock();
+    let state = domain.dom.lock().expect("its state");
     let p2m = domain.published_p2m(&state).expect("published");
     let mut pages = 0;
     for pfn in 0..p2m.pfns {
