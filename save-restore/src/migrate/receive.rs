@@ -108,11 +108,11 @@ impl<'a> ReceiveRequest<'a> {
             go: self.go,
         };
         let mut machine = Receiver::new();
-        let perform = |_: &mut Receiver, _: &mut Common<'_>, action| {
-            match receiving.perform(action, guard.domain) {
-                Ok(()) => (ReceiverEvent::Done, None),
-                Err((trouble, error)) => (trouble.into(), Some(error)),
-            }
+        let perform = |_: &mut Receiver, _: &mut Common<'_>, action| match receiving
+            .perform(action, guard.domain)
+        {
+            Ok(()) => (ReceiverEvent::Done, None),
+            Err((trouble, error)) => (trouble.into(), Some(error)),
         };
         let (end, causes) = drive(&mut machine, &mut self.common, perform, |machine| {
             let ended = matches!(machine.action(), ReceiverAction::End(_));

@@ -139,16 +139,17 @@ impl<'a> MigrateRequest<'a> {
             armed.set(!machine.has_let_go());
             sending.perform(action, guard.domain)
         };
-        let (end, causes) = drive(
-            &mut Sender::new(),
-            &mut self.common,
-            perform,
-            |machine| match machine.action() {
-                SenderAction::SayGo => armed.set(true),
-                SenderAction::End(_) => armed.set(false),
-                _ => armed.set(!machine.has_let_go()),
-            },
-        );
+        let (end, causes) =
+            drive(
+                &mut Sender::new(),
+                &mut self.common,
+                perform,
+                |machine| match machine.action() {
+                    SenderAction::SayGo => armed.set(true),
+                    SenderAction::End(_) => armed.set(false),
+                    _ => armed.set(!machine.has_let_go()),
+                },
+            );
         guard.armed.set(false);
         Sent { end, causes }
     }

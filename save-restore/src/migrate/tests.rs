@@ -8,11 +8,11 @@ use std::time::Duration;
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
-use super::{Event, Step};
 use super::ownership::plain::{ReceiverAction, ReceiverEnd, SenderAction, SenderEnd};
 use super::receive::{Arrived, ReceiveRequest};
 use super::send::{MigrateRequest, Sent};
 use super::testing::{FakeConnection, Fault, Faulty};
+use super::{Event, Step};
 use crate::progress::Cancel;
 
 mod checkpoints;

@@ -428,7 +428,11 @@ mod tests {
     fn a_list_that_cannot_be_read_again_is_not_used() {
         let dir = tempfile::tempdir().expect("a directory");
         let ([one, other], domid) = two(dir.path());
-        other.domain(domid).expect("the guest").destroy().expect("gone");
+        other
+            .domain(domid)
+            .expect("the guest")
+            .destroy()
+            .expect("gone");
         let path = dir.path().join("domains");
         let away = dir.path().join("away");
         fs::rename(&path, &away).expect("moved");
@@ -475,7 +479,11 @@ mod tests {
             let zero = other.create(&NewDomain::new(GuestKind::Pvh, 1, 1));
             let zero = zero.expect("a domain");
             let page = &mut [Gfn(0)];
-            other.domain(zero).expect("it").populate(0, page).expect("a page");
+            other
+                .domain(zero)
+                .expect("it")
+                .populate(0, page)
+                .expect("a page");
             let zero = other.memory_digest(zero).expect("a page").pages()[0].contents;
             let written = digest.pages().iter().filter(|page| page.contents != zero);
             assert_eq!(written.count(), 0, "{kind:?}");
@@ -503,7 +511,9 @@ mod tests {
         let state = count(Changes::State(added.domid));
         let path = dir.path().join("domains");
         fs::rename(&path, dir.path().join("away")).expect("moved");
-        machine.remove_domain(&added).expect_err("it cannot be removed");
+        machine
+            .remove_domain(&added)
+            .expect_err("it cannot be removed");
         assert_ne!(count(Changes::Domains), before, "not counted");
         assert_ne!(count(Changes::State(added.domid)), state, "not counted");
         assert!(!added.is_gone());
