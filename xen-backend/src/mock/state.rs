@@ -286,7 +286,7 @@ impl Dom {
                 dom: self,
                 _threads: threads,
             };
-            // Whoever destroys the domain has counted that before waiting for the memory.
+            // A destruction is counted before it waits for the memory.
             let now = self.store.count(Changes::State(self.domid));
             if self.seen.load(Ordering::Acquire) == now && !self.is_gone() {
                 return Ok(Some(writing));

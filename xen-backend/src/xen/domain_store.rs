@@ -15,20 +15,22 @@
 //! C implementation: `libxl__domain_rename` and `libxl__destroy_domid` in
 //! `tools/libs/light/libxl_domain.c`, `libxl__userdata_path` in `libxl_dom.c`.
 
+mod lock;
 #[cfg(test)]
 mod tests;
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+use self::lock::{OurLock, holder};
 use super::{Shared, XenHost, sys};
 use crate::domain_store::{
     Configuration, ConfigurationKeeper, DestroyOutcome, Destroyed, DomainLock, DomainRef,
-    DomainStore, DomainStoreError, Introduction, LeftBehind, ListedDomain, LockHolder, Process,
+    DomainStore, DomainStoreError, Introduction, LeftBehind, ListedDomain, Process,
 };
 use crate::xenstore::{Nodes, StoreError};
 use crate::{BackendError, DomId, Host as _};
@@ -456,53 +458,6 @@ impl XenHost {
                 .remove_nodes_of(domid)
                 .map_err(|error| DomainStoreError::storage("removing the nodes", domid)(error)),
         }
-    }
-}
-
-/// The process that holds the lock in a node's `value`, and whether that process would be visible
-/// from here; `None` if it has ended. An unknown format may be from another version of this
-/// program, so that lock is not free.
-fn holder(value: &[u8]) -> Option<(LockHolder, bool)> {
-    match Process::decode(value) {
-        Some(process) if process.has_ended() => None,
-        Some(process) => {
-            let seen = process.is_seen();
-            Some((process.holder, seen))
-        }
-        None => Some((LockHolder::unknown(value), false)),
-    }
-}
-
-/// A lock that this process holds.
-struct OurLock {
-    shared: Arc<Shared>,
-    domain: DomainRef,
-    path: String,
-    /// The value of the node.
-    value: Mutex<Vec<u8>>,
-}
-
-impl OurLock {
-    /// Records another process as the holder of the lock.
-    fn name(&self, new: Vec<u8>) -> Result<(), StoreError> {
-        let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
-        // The node is missing if the domain was destroyed.
-        if self.shared.store.exchange(&self.path, &value, &new)? {
-            *value = new;
-        }
-        Ok(())
-    }
-
-    fn give_back(&self) -> Result<(), StoreError> {
-        let value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
-        self.shared.store.transaction(&mut |nodes| {
-            let ours = nodes.read(&self.path)?.as_deref() == Some(&*value);
-            if ours {
-                nodes.remove(&self.path)?;
-                remove_if_empty(nodes, self.domain)?;
-            }
-            Ok(ours)
-        })
     }
 }
 
