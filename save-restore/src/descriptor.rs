@@ -82,7 +82,7 @@ impl Limit<'_> {
     }
 
     /// The time at which a wait that began at `since` ends, for a read or a write.
-    fn ends(&self, since: Instant, writing: bool) -> Option<Instant> {
+    pub(crate) fn ends(&self, since: Instant, writing: bool) -> Option<Instant> {
         let after = |limit: Option<Duration>| since.checked_add(limit?);
         let pace = self.pace.filter(|_| writing);
         let silence = self.silence.filter(|_| !writing);
@@ -99,7 +99,7 @@ impl Limit<'_> {
     }
 
     /// Which limit the other end has reached, once one is reached.
-    fn reached(&self, writing: bool) -> Overdue {
+    pub(crate) fn reached(&self, writing: bool) -> Overdue {
         if let (true, Some(pace)) = (writing, self.pace) {
             return pace.broken();
         }

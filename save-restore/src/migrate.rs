@@ -9,6 +9,8 @@
 //! - [`Observer`]: a trait for showing the progress of a migration.
 //! - [`messages`]: every byte that the two ends exchange, for a plain migration, Remus and COLO.
 //! - [`connection`]: the connection between them, as a trait; pipes, Unix sockets and TCP.
+//! - `session`: a connection over several links, which may break and return (with the cargo feature
+//!   `session`).
 //! - [`testing`]: a connection in memory with faults at every call, and the contract that every
 //!   connection must keep.
 //!
@@ -23,6 +25,8 @@ pub mod ownership;
 pub mod protect;
 pub mod receive;
 pub mod send;
+#[cfg(feature = "session")]
+pub mod session;
 pub mod standby;
 #[doc(hidden)]
 pub mod testing;

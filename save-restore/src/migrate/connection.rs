@@ -119,6 +119,10 @@ pub trait Connection: fmt::Debug + Send + Sync {
     /// The operating system refuses.
     fn give_up_on_silence(&self, limit: Duration) -> Result<bool, ConnectionError>;
 
+    /// Tells a connection that takes up lost links again what happens to the domain. Other
+    /// connections have nothing to do.
+    fn stage(&self, stage: Stage);
+
     /// The peer.
     fn peer(&self) -> Peer;
 
@@ -158,6 +162,10 @@ impl<C: Connection + ?Sized> Connection for Box<C> {
         (**self).give_up_on_silence(limit)
     }
 
+    fn stage(&self, stage: Stage) {
+        (**self).stage(stage);
+    }
+
     fn peer(&self) -> Peer {
         (**self).peer()
     }
@@ -169,6 +177,19 @@ impl<C: Connection + ?Sized> Connection for Box<C> {
     fn read_fd(&self) -> Option<BorrowedFd<'_>> {
         (**self).read_fd()
     }
+}
+
+/// What happens to the domain, for a connection that takes up lost links again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// It is suspended: a lost link is waited for no longer than the domain may be suspended.
+    Suspended,
+    /// The next message is "go", or "go" has been read: from now on no link is taken up and nothing
+    /// is sent again, and a link that is lost is the loss of the connection. If there is no link at
+    /// this moment, the connection is lost.
+    LetGo,
+    /// It is about to run again at the sender: nothing that is still in this process is delivered.
+    TakenBack,
 }
 
 /// How long one call on a connection may wait.

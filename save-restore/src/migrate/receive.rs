@@ -9,7 +9,7 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use super::connection::{Connection, ConnectionReader};
+use super::connection::{Connection, ConnectionReader, Stage};
 use super::drive::{
     BoxError, Cause, Common, Machine, OnPanic, Talk, Trouble, common_settings, drive,
 };
@@ -187,7 +187,9 @@ impl Receiving<'_> {
             ReceiverAction::AwaitGo => {
                 let answer = self.go;
                 let talk = Talk { answer, ..talk };
-                talk.hear(Message::Go, talk.asked()).map_err(heard)
+                talk.hear(Message::Go, talk.asked()).map_err(heard)?;
+                talk.connection.stage(Stage::LetGo);
+                Ok(())
             }
             ReceiverAction::RenameIn => domain.take_name().map_err(failed),
             ReceiverAction::Run => domain.run().map_err(failed),

@@ -9,7 +9,7 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use super::connection::{Connection, ConnectionWriter, TcpConnection};
+use super::connection::{Connection, ConnectionWriter, Stage, TcpConnection};
 use super::drive::{
     BoxError, Cause, Common, Machine, OnPanic, Talk, Trouble, common_settings, drive,
 };
@@ -233,7 +233,10 @@ impl Sending<'_> {
                 let sent = domain.send_image(&mut ConnectionWriter::new(talk.connection, wait));
                 talk.bear(TcpConnection::SILENCE_WAITING);
                 match sent {
-                    Ok(()) => (SenderEvent::Done, None),
+                    Ok(()) => {
+                        talk.connection.stage(Stage::Suspended);
+                        (SenderEvent::Done, None)
+                    }
                     Err(error) => (Trouble::of_image(&*error).into(), Some(error)),
                 }
             }
@@ -244,10 +247,14 @@ impl Sending<'_> {
             }
             SenderAction::RenameAway => done(domain.rename_away()),
             // No signal interrupts it.
-            SenderAction::SayGo => heard(
-                talk.nothing_waits()
-                    .and_then(|()| talk.say(Message::Go, talk.deaf())),
-            ),
+            SenderAction::SayGo => {
+                // Nothing from here on is sent twice.
+                talk.connection.stage(Stage::LetGo);
+                heard(
+                    talk.nothing_waits()
+                        .and_then(|()| talk.say(Message::Go, talk.deaf())),
+                )
+            }
             SenderAction::AwaitReport => match self.report() {
                 Ok(Status(status)) => (SenderEvent::Reported(status), None),
                 Err(error) => heard(Err(error)),
@@ -269,10 +276,13 @@ impl Sending<'_> {
                 }
             }
             SenderAction::Destroy => done(domain.destroy()),
-            SenderAction::TakeBack => match domain.take_back() {
-                Ok(TakenBack::Gone) => (SenderEvent::GuestGone, None),
-                taken => done(taken.map(|_| ())),
-            },
+            SenderAction::TakeBack => {
+                talk.connection.stage(Stage::TakenBack);
+                match domain.take_back() {
+                    Ok(TakenBack::Gone) => (SenderEvent::GuestGone, None),
+                    taken => done(taken.map(|_| ())),
+                }
+            }
             SenderAction::End(_) => (SenderEvent::Done, None),
         }
     }

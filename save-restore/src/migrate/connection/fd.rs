@@ -9,14 +9,14 @@ use nix::errno::Errno;
 use nix::sys::socket::{Shutdown, shutdown};
 use xsr_xen_backend::Gather;
 
-use super::{Connection, ConnectionError, Delivery, Peer, Received, Wait};
+use super::{Connection, ConnectionError, Delivery, Peer, Received, Stage, Wait};
 use crate::descriptor::Descriptor;
 pub(super) use crate::descriptor::Limit;
 use crate::progress::{Cancel, Cancelled};
 
 impl<'a> Limit<'a> {
     /// The limit for a wait that begins now.
-    pub(super) fn of(wait: &Wait<'a>) -> Self {
+    pub(in crate::migrate) fn of(wait: &Wait<'a>) -> Self {
         Self {
             idle: wait.idle,
             at_most: wait.at_most,
@@ -80,6 +80,9 @@ impl<T: Transport> Connection for FdConnection<T> {
         let done = self.transport.give_up_on_silence(&self.descriptors, limit);
         done.map_err(ConnectionError::Local)
     }
+
+    /// Nothing is ever taken up or sent again.
+    fn stage(&self, _: Stage) {}
 
     fn peer(&self) -> Peer {
         self.transport.peer()

@@ -9,7 +9,7 @@ use std::time::Duration;
 use xsr_xen_backend::Gather;
 
 use crate::migrate::connection::{
-    Connection, ConnectionError, Delivery, Peer, Received, Wait, copy_gather,
+    Connection, ConnectionError, Delivery, Peer, Received, Stage, Wait, copy_gather,
 };
 use crate::pace::{Overdue, Pace, ReadLimit};
 
@@ -485,6 +485,9 @@ impl Connection for FakeConnection {
     fn give_up_on_silence(&self, _: Duration) -> Result<bool, ConnectionError> {
         Ok(false)
     }
+
+    /// Nothing is ever taken up or sent again.
+    fn stage(&self, _: Stage) {}
 
     fn peer(&self) -> Peer {
         Peer::Named(format!("end {}", 1 - self.end))

@@ -1,0 +1,169 @@
+//! What ends a session and what does not, with a clock of the test's own.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use super::super::frame::WINDOW;
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn limits(reconnect: u32) -> Limits {
+    Limits {
+        reconnect: SECOND * reconnect,
+        suspended: SECOND,
+        silence: SECOND * 4,
+    }
+}
+
+fn state(reconnect: u32, links: u8) -> (State, Vec<LinkId>, Instant) {
+    let now = Instant::now();
+    let mut state = State::new(limits(reconnect), now);
+    let attach = |slot| state.attach(slot, 0, WINDOW, now).unwrap().0;
+    let ids = (0..links).map(attach).collect();
+    (state, ids, now)
+}
+
+fn lost(state: &State) -> bool {
+    matches!(state.over(), Some(Over::Lost(_)))
+}
+
+/// The chunks that a link sends now.
+fn chunks(state: &mut State, link: LinkId, now: Instant) -> Vec<u64> {
+    let jobs = std::iter::from_fn(|| state.job(link, now));
+    jobs.filter_map(|job| match job {
+        Job::Chunk(number, _) => Some(number),
+        _ => None,
+    })
+    .collect()
+}
+
+#[test]
+fn a_session_without_a_link_waits_for_its_limit() {
+    let (mut state, links, now) = state(10, 2);
+    state.lose(links[0], "", now);
+    state.lose(links[1], "", now + SECOND);
+    state.tick(now + SECOND * 10);
+    assert_eq!(state.over(), None);
+    // A link that returns starts the limit again.
+    let (id, _) = state.attach(0, 0, WINDOW, now + SECOND * 10).unwrap();
+    state.lose(id, "", now + SECOND * 10);
+    state.tick(now + SECOND * 19);
+    assert_eq!(state.over(), None);
+    state.tick(now + SECOND * 20);
+    assert!(lost(&state));
+    assert_eq!(
+        state.attach(0, 0, WINDOW, now).map(drop).unwrap_err(),
+        Answer::TooLate
+    );
+}
+
+#[test]
+fn a_suspended_domain_shortens_the_limit_from_its_suspension_on() {
+    let (mut state, links, now) = state(10, 1);
+    state.lose(links[0], "", now);
+    state.set_suspended(true, now + SECOND * 5);
+    state.set_suspended(true, now + SECOND * 6);
+    state.tick(now + SECOND * 6 - Duration::from_millis(1));
+    assert_eq!(state.over(), None);
+    state.set_suspended(false, now + SECOND * 6);
+    state.tick(now + SECOND * 7);
+    assert_eq!(state.over(), None);
+    state.set_suspended(true, now + SECOND * 7);
+    state.tick(now + SECOND * 8);
+    assert!(lost(&state));
+}
+
+#[test]
+fn a_silent_link_is_lost_and_its_chunks_go_to_another() {
+    let (mut state, links, now) = state(0, 2);
+    state.out.write(b"one");
+    assert_eq!(chunks(&mut state, links[0], now), [0]);
+    state.heard(links[1], now + SECOND * 3);
+    assert!(state.tick(now + SECOND * 4));
+    assert!(!state.has(links[0]));
+    assert_eq!(state.over(), None);
+    assert_eq!(chunks(&mut state, links[1], now + SECOND * 4), [0]);
+}
+
+#[test]
+fn a_link_carries_a_sign_of_life_each_second() {
+    let (mut state, links, now) = state(0, 1);
+    assert!(state.job(links[0], now).is_none());
+    let job = state.job(links[0], now + SECOND);
+    assert!(matches!(job, Some(Job::Alive)), "{job:?}");
+    assert!(state.job(links[0], now + SECOND).is_none());
+}
+
+#[test]
+fn once_sealed_everything_goes_over_the_link_of_the_newest_chunk() {
+    let (mut state, links, now) = state(10, 3);
+    assert!(state.arrived(0, Piece::Bytes(b"ready".to_vec()), links[1], now));
+    state.seal();
+    state.out.write(b"go");
+    for link in [links[0], links[2]] {
+        assert!(chunks(&mut state, link, now).is_empty());
+    }
+    assert_eq!(chunks(&mut state, links[1], now), [0]);
+    // The others do not matter.
+    state.lose(links[0], "", now);
+    assert_eq!(state.over(), None);
+    assert!(state.attach(0, 0, WINDOW, now).is_err());
+    // It is never sent again.
+    state.lose(links[1], "", now);
+    assert!(lost(&state));
+    assert!(chunks(&mut state, links[2], now).is_empty());
+}
+
+#[test]
+fn a_sealed_session_needs_a_link() {
+    let (mut state, links, now) = state(10, 1);
+    state.lose(links[0], "", now);
+    state.seal();
+    assert!(lost(&state));
+}
+
+#[test]
+fn what_was_abandoned_is_not_sent_and_the_peer_is_told_once() {
+    let (mut state, links, now) = state(10, 2);
+    state.out.write(b"image");
+    state.abandon();
+    for link in &links {
+        let job = state.job(*link, now);
+        assert!(matches!(job, Some(Job::Abort)), "{job:?}");
+        assert!(state.job(*link, now + SECOND * 5).is_none());
+    }
+    assert!(!state.is_open());
+    // What the peer has said before it knows can be read.
+    assert!(state.arrived(0, Piece::Bytes(b"why".to_vec()), links[0], now));
+    assert_eq!(state.incoming.take(&mut [0; 9]), 3);
+}
+
+#[test]
+fn links_that_end_after_a_bye_end_in_order() {
+    for (bye, ends_in_order) in [(true, true), (false, false)] {
+        let (mut state, links, now) = state(0, 2);
+        if bye {
+            state.peer_leaves(links[0], false);
+        }
+        for link in links {
+            state.lose(link, "", now);
+        }
+        assert_eq!(state.over().is_none(), ends_in_order);
+        assert!(!state.is_open());
+    }
+}
+
+/// A link that has been replaced, or lost, says nothing any more.
+#[test]
+fn a_link_that_is_not_of_the_session_changes_nothing() {
+    let (mut state, links, now) = state(10, 1);
+    let (new, _) = state.attach(0, 0, WINDOW, now).unwrap();
+    assert!(!state.has(links[0]));
+    state.peer_leaves(links[0], true);
+    state.violated(Malformed::Magic, links[0]);
+    state.acknowledged(9, 9, links[0]);
+    assert!(!state.arrived(0, Piece::Bytes(b"x".to_vec()), links[0], now));
+    assert_eq!(state.over(), None);
+    state.acknowledged(9, 9, new);
+    assert_eq!(state.over(), Some(&Over::Malformed(Malformed::NotSent(9))));
+}
