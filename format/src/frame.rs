@@ -197,7 +197,7 @@ impl fmt::Display for PageType {
     Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
 #[repr(transparent)]
-pub struct WirePageEntry(U64);
+pub(crate) struct WirePageEntry(U64);
 
 /// One entry of a PAGE_DATA record: a pfn and its type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -218,24 +218,19 @@ impl WirePageEntry {
 
     /// Encodes `entry`. Bits of the pfn above [`PageEntry::MAX_PFN`] are lost; the caller must
     /// check.
-    pub const fn new(entry: PageEntry, order: ByteOrder) -> Self {
+    pub(crate) const fn new(entry: PageEntry, order: ByteOrder) -> Self {
         let pfn = entry.pfn.0 & PageEntry::MAX_PFN.0;
         let page_type = (entry.page_type.nibble() as u64) << Self::TYPE_SHIFT;
         Self(U64::new(pfn | page_type, order))
     }
 
-    /// The raw value.
-    pub const fn raw(self, order: ByteOrder) -> u64 {
-        self.0.get(order)
-    }
-
     /// The reserved bits 52–59, shifted down: zero in a valid stream.
-    pub const fn reserved(self, order: ByteOrder) -> u8 {
+    pub(crate) const fn reserved(self, order: ByteOrder) -> u8 {
         ((self.0.get(order) >> 52) & 0xff) as u8
     }
 
     /// The pfn and the type; [`PageType::is_known`] may be false for the type.
-    pub const fn entry(self, order: ByteOrder) -> PageEntry {
+    pub(crate) const fn entry(self, order: ByteOrder) -> PageEntry {
         let raw = self.0.get(order);
         PageEntry {
             pfn: Pfn(raw & PageEntry::MAX_PFN.0),

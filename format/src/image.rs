@@ -23,7 +23,7 @@ use crate::wire::{U16, U32, U64};
 /// | 18–23 | reserved, zero |
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct WireImageHeader {
+pub(crate) struct WireImageHeader {
     marker: U64,
     id: U32,
     version: U32,
@@ -77,7 +77,7 @@ impl ImageHeader {
     /// # Errors
     ///
     /// A wrong marker, identifier or version; a reserved bit that is set.
-    pub fn decode(wire: &WireImageHeader, lenient: bool) -> Result<Self, DecodeError> {
+    pub(crate) fn decode(wire: &WireImageHeader, lenient: bool) -> Result<Self, DecodeError> {
         const BE: ByteOrder = ByteOrder::Big;
         let marker = wire.marker.get(BE);
         if marker != Self::MARKER {
@@ -112,7 +112,7 @@ impl ImageHeader {
     }
 
     /// Encodes the header.
-    pub fn encode(self) -> WireImageHeader {
+    pub(crate) fn encode(self) -> WireImageHeader {
         const BE: ByteOrder = ByteOrder::Big;
         let options = match self.order {
             ByteOrder::Little => 0,
@@ -140,7 +140,7 @@ impl ImageHeader {
 /// | 12–15 | Xen minor |
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct WireDomainHeader {
+pub(crate) struct WireDomainHeader {
     guest_type: U32,
     page_shift: U16,
     reserved: U16,
@@ -198,7 +198,7 @@ impl DomainHeader {
     ///
     /// A page shift other than 12; a guest type of 0, which the specification
     /// reserves; a reserved bit that is set.
-    pub fn decode(
+    pub(crate) fn decode(
         wire: &WireDomainHeader,
         order: ByteOrder,
         lenient: bool,
@@ -224,7 +224,7 @@ impl DomainHeader {
     }
 
     /// Encodes the header.
-    pub fn encode(self, order: ByteOrder) -> WireDomainHeader {
+    pub(crate) fn encode(self, order: ByteOrder) -> WireDomainHeader {
         WireDomainHeader {
             guest_type: U32::new(self.guest_type.0, order),
             page_shift: U16::new(Self::SHIFT, order),

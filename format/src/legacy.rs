@@ -14,14 +14,14 @@
 //! Xen 4.5. Specification of the conversion: libxc migration stream, "Legacy Images".
 
 pub mod chunk;
-pub mod compress;
+mod compress;
 pub mod convert;
 pub mod detect;
 pub mod error;
 mod items;
 pub mod read;
 mod tmem;
-pub mod toolstack;
+mod toolstack;
 
 pub use convert::{Converted, Target};
 pub use error::LegacyError;

@@ -89,7 +89,7 @@ const _: () = {
 
 /// The state machine.
 #[derive(Clone, Debug)]
-pub struct Order {
+pub(crate) struct Order {
     version: Version,
     guest_type: GuestType,
     /// Bit n: a record of kind n has come.
@@ -101,7 +101,7 @@ pub struct Order {
 
 impl Order {
     /// The state at the start of a stream, after its headers.
-    pub const fn new(version: Version, guest_type: GuestType) -> Self {
+    pub(crate) const fn new(version: Version, guest_type: GuestType) -> Self {
         Self {
             version,
             guest_type,
@@ -113,17 +113,17 @@ impl Order {
     }
 
     /// Whether static data is complete: STATIC_DATA_END has come, or is inferred.
-    pub const fn static_data_over(&self) -> bool {
+    pub(crate) const fn static_data_over(&self) -> bool {
         self.static_data_over
     }
 
     /// Width of the PV guest in bytes, known after X86_PV_INFO.
-    pub const fn guest_width(&self) -> Option<u8> {
+    pub(crate) const fn guest_width(&self) -> Option<u8> {
         self.guest_width
     }
 
     /// The last pfn that X86_PV_P2M_FRAMES announced.
-    pub const fn max_pfn(&self) -> Option<Pfn> {
+    pub(crate) const fn max_pfn(&self) -> Option<Pfn> {
         self.max_pfn
     }
 
@@ -152,7 +152,7 @@ impl Order {
     /// # Errors
     ///
     /// The broken rule.
-    pub fn admit(&mut self, kind: RecordKind) -> Result<(), DecodeError> {
+    pub(crate) fn admit(&mut self, kind: RecordKind) -> Result<(), DecodeError> {
         use RecordKind as K;
         if self.version < Version::V3
             && matches!(
@@ -278,7 +278,7 @@ impl Order {
     }
 
     /// Updates the state with the contents of an admitted record.
-    pub fn note(&mut self, record: &Record<'_>) {
+    pub(crate) fn note(&mut self, record: &Record<'_>) {
         match record.body {
             Body::PvInfo(info) => self.guest_width = Some(info.width()),
             Body::P2mFrames(frames) => {

@@ -35,11 +35,11 @@ pub const MAX_BATCH: usize = 1024;
 /// | 4–7 | body length in octets, without the padding to a multiple of 8 |
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct WireRecordHeader {
+pub(crate) struct WireRecordHeader {
     /// The type.
-    pub kind: U32,
+    pub(crate) kind: U32,
     /// Bytes in the body.
-    pub length: U32,
+    pub(crate) length: U32,
 }
 
 const _: () = assert!(size_of::<WireRecordHeader>() == 8);

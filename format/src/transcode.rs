@@ -22,7 +22,7 @@ use crate::layout::leading_pads;
 use crate::read::{EndedAfter, PageDataBody};
 use crate::record::hvm::HvmParam;
 use crate::record::pv::PvInfo;
-use crate::record::{Body, MAX_BATCH, Record};
+use crate::record::{Body, MAX_BATCH, Record, RecordKind};
 use crate::walk::{Content, Walk};
 use crate::wrapper::WrapperWriteError;
 use crate::wrapper::libxl::{LibxlHeader, LibxlRecord, LibxlRecordKind, LibxlWriter};
@@ -158,17 +158,7 @@ pub fn transcode<R: Read, W: ImageSink>(
     xl: Option<&XlHeader>,
     copy: CopyBytes<R, W>,
 ) -> Result<Summary, TranscodeError> {
-    let mut out = Transcoder {
-        sink,
-        to,
-        libxl: None,
-        libxc: None,
-        implied_end: false,
-        info: PvInfo::Bits64,
-        own_libxl: false,
-        at: 0,
-        summary: Summary::default(),
-    };
+    let mut out = Transcoder::new(sink, to);
     let mut xl_written = false;
     while let Some(step) = walk.next_step()? {
         if to == Layer::Xl && !xl_written {
@@ -177,28 +167,43 @@ pub fn transcode<R: Read, W: ImageSink>(
                 _ => None,
             };
             let header = xl.or(own).ok_or(TranscodeError::NoConfiguration)?;
-            let header = header.for_version_2();
-            out.sink.xl_header(&header).map_err(TranscodeError::Write)?;
+            out.xl_header(header)?;
             xl_written = true;
         }
-        out.at = step.position.offset;
-        match step.content {
-            Content::XlHeader(_) => {}
-            Content::LibxlHeader(header) => out.libxl_header(header.legacy_converted)?,
-            Content::LibxlRecord(record) => out.libxl_record(&record)?,
-            Content::Headers(image, domain) => out.headers(image.version, domain)?,
-            Content::PageData(body) => out.page_data(body, copy)?,
-            Content::Record(record) => out.record(&record)?,
-        }
+        out.at(step.position.offset);
+        out.content(step.content, copy)?;
     }
-    out.sink.flush().map_err(TranscodeError::Write)?;
-    Ok(out.summary)
+    out.finish()
+}
+
+/// A [`CopyBytes`] for any source and sink, through a buffer.
+///
+/// # Errors
+///
+/// The error of the source or the sink.
+pub fn copy_bytes<R: Read, W: Write>(
+    source: &mut R,
+    bytes: u64,
+    sink: &mut W,
+) -> Result<u64, CopyError> {
+    let mut room = [0; 16 << 10];
+    let wanted = usize::try_from(bytes).map_or(room.len(), |bytes| bytes.min(room.len()));
+    let room = room.get_mut(..wanted).unwrap_or_default();
+    let read = loop {
+        match source.read(room) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => break other.map_err(CopyError::Read)?,
+        }
+    };
+    let room = room.get(..read).unwrap_or_default();
+    sink.write_all(room).map_err(CopyError::Write)?;
+    Ok(read as u64)
 }
 
 /// A record with more bytes than this goes from the reader's buffer to the sink without a copy.
 const MAX_COPIED: usize = 1 << 20;
 
-struct Transcoder<'s, W> {
+pub(crate) struct Transcoder<'s, W> {
     sink: &'s mut W,
     to: Layer,
     libxl: Option<LibxlWriter<Vec<u8>>>,
@@ -213,7 +218,64 @@ struct Transcoder<'s, W> {
     summary: Summary,
 }
 
-impl<W: ImageSink> Transcoder<'_, W> {
+impl<'s, W: ImageSink> Transcoder<'s, W> {
+    pub(crate) fn new(sink: &'s mut W, to: Layer) -> Self {
+        Self {
+            sink,
+            to,
+            libxl: None,
+            libxc: None,
+            implied_end: false,
+            info: PvInfo::Bits64,
+            own_libxl: false,
+            at: 0,
+            summary: Summary::default(),
+        }
+    }
+
+    /// Sets the offset in the source of the item that comes next.
+    pub(crate) fn at(&mut self, offset: u64) {
+        self.at = offset;
+    }
+
+    /// Writes an item of the source, except xl's header.
+    pub(crate) fn content<R: Read>(
+        &mut self,
+        content: Content<'_, R>,
+        copy: CopyBytes<R, W>,
+    ) -> Result<(), TranscodeError> {
+        match content {
+            Content::XlHeader(_) => Ok(()),
+            Content::LibxlHeader(header) => self.libxl_header(header.legacy_converted),
+            Content::LibxlRecord(record) => self.libxl_record(&record),
+            Content::Headers(image, domain) => self.headers(image.version, domain),
+            Content::PageData(body) => self.page_data(body, copy),
+            Content::Record(record) => self.record(&record),
+        }
+    }
+
+    pub(crate) fn xl_header(&mut self, header: &XlHeader) -> Result<(), TranscodeError> {
+        let header = header.for_version_2();
+        self.sink.xl_header(&header).map_err(TranscodeError::Write)
+    }
+
+    /// Writes a record that is not in the source: its body is little endian.
+    pub(crate) fn new_record(
+        &mut self,
+        kind: RecordKind,
+        body: &[u8],
+    ) -> Result<(), TranscodeError> {
+        self.summary.records = self.summary.records.saturating_add(1);
+        self.libxc()?.record(kind, &[body])?;
+        self.deliver()
+    }
+
+    /// Ends the copy, after the last item.
+    pub(crate) fn finish(self) -> Result<Summary, TranscodeError> {
+        self.sink.flush().map_err(TranscodeError::Write)?;
+        Ok(self.summary)
+    }
+
     /// Passes the output of both writers to the sink.
     fn deliver(&mut self) -> Result<(), TranscodeError> {
         let libxl = self.libxl.as_mut().map(LibxlWriter::sink_mut);
@@ -237,7 +299,7 @@ impl<W: ImageSink> Transcoder<'_, W> {
         self.deliver()
     }
 
-    fn libxl_record(&mut self, record: &LibxlRecord) -> Result<(), TranscodeError> {
+    pub(crate) fn libxl_record(&mut self, record: &LibxlRecord) -> Result<(), TranscodeError> {
         match &mut self.libxl {
             Some(_) if record.body_bytes() > MAX_COPIED as u64 => {
                 self.deliver()?;

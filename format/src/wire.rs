@@ -18,11 +18,11 @@ macro_rules! field {
             FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
         )]
         #[repr(transparent)]
-        pub struct $name([u8; $bytes]);
+        pub(crate) struct $name([u8; $bytes]);
 
         impl $name {
             /// A field with `value` in the given order.
-            pub const fn new(value: $int, order: ByteOrder) -> Self {
+            pub(crate) const fn new(value: $int, order: ByteOrder) -> Self {
                 Self(match order {
                     ByteOrder::Little => value.to_le_bytes(),
                     ByteOrder::Big => value.to_be_bytes(),
@@ -30,16 +30,11 @@ macro_rules! field {
             }
 
             /// Reads the value in the given order.
-            pub const fn get(self, order: ByteOrder) -> $int {
+            pub(crate) const fn get(self, order: ByteOrder) -> $int {
                 match order {
                     ByteOrder::Little => <$int>::from_le_bytes(self.0),
                     ByteOrder::Big => <$int>::from_be_bytes(self.0),
                 }
-            }
-
-            /// Stores `value` in the given order.
-            pub const fn set(&mut self, value: $int, order: ByteOrder) {
-                *self = Self::new(value, order);
             }
         }
 

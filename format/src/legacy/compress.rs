@@ -19,7 +19,7 @@ use super::error::LegacyError;
 use crate::frame::{PAGE_SIZE, Page, Pfn};
 
 /// Number of pages that the sender remembers (`DELTA_CACHE_SIZE`).
-pub const CACHE_PAGES: usize = 8192;
+pub(super) const CACHE_PAGES: usize = 8192;
 
 const FLAG_SKIP: u8 = 0x80;
 const UNCHANGED: u8 = 0x00;
@@ -28,7 +28,7 @@ const WORD: usize = 4;
 
 /// The pages that the sender remembers, the most recently used last.
 #[derive(Debug, Default)]
-pub struct PageCache {
+pub(super) struct PageCache {
     pages: HashMap<Pfn, (u64, Box<Page>)>,
     /// Ordered by last use.
     used: BTreeMap<u64, Pfn>,
@@ -37,12 +37,12 @@ pub struct PageCache {
 
 impl PageCache {
     /// The page as it was last sent.
-    pub fn get(&self, pfn: Pfn) -> Option<&Page> {
+    pub(super) fn get(&self, pfn: Pfn) -> Option<&Page> {
         self.pages.get(&pfn).map(|(_, page)| &**page)
     }
 
     /// Records that a page was sent.
-    pub fn put(&mut self, pfn: Pfn, page: &Page) {
+    pub(super) fn put(&mut self, pfn: Pfn, page: &Page) {
         self.now = self.now.saturating_add(1);
         let evicted = match self.pages.remove(&pfn) {
             Some((time, room)) => {
@@ -59,7 +59,7 @@ impl PageCache {
     }
 
     /// Forgets a page that has become a page table: the sender does not remember those.
-    pub fn forget(&mut self, pfn: Pfn) {
+    pub(super) fn forget(&mut self, pfn: Pfn) {
         if let Some((time, _)) = self.pages.remove(&pfn) {
             self.used.remove(&time);
         }
@@ -77,7 +77,7 @@ impl PageCache {
 /// # Errors
 ///
 /// Runs that do not add up to a page; a difference without a base.
-pub fn decode(
+pub(super) fn decode(
     bytes: &[u8],
     pfn: Pfn,
     base: Option<&Page>,

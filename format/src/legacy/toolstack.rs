@@ -62,7 +62,10 @@ const _: () = {
 /// # Errors
 ///
 /// Another version, a record that is too short or too long, or an invalid name.
-pub fn xenstore_data(record: &[u8], width: ToolstackWidth) -> Result<XenstoreData, ReadErrorCause> {
+pub(super) fn xenstore_data(
+    record: &[u8],
+    width: ToolstackWidth,
+) -> Result<XenstoreData, ReadErrorCause> {
     const LE: ByteOrder = ByteOrder::Little;
     let length = |what, expected: u64, got: &[u8]| LegacyError::ToolstackLength {
         what,

@@ -4,6 +4,8 @@
 //! Specification: "PAGE_DATA". C implementation: `xg_sr_save.c:write_batch`,
 //! `xg_sr_restore.c:handle_page_data`.
 
+use std::slice;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::Context;
@@ -22,14 +24,14 @@ use crate::wire::U32;
 /// | … | 4096 octets for each entry whose type has data |
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct WirePageDataHead {
+pub(crate) struct WirePageDataHead {
     count: U32,
     reserved: U32,
 }
 
 impl WirePageDataHead {
     /// Length in the stream.
-    pub const BYTES: usize = 8;
+    pub(crate) const BYTES: usize = 8;
 
     pub(crate) fn new(count: u32, order: ByteOrder) -> Self {
         Self {
@@ -159,8 +161,49 @@ impl<'a> Entries<'a> {
     }
 
     /// The entries, in the order of the stream.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = PageEntry> + 'a {
-        let order = self.order;
-        self.wire.iter().map(move |raw| raw.entry(order))
+    pub fn iter(&self) -> EntriesIter<'a> {
+        EntriesIter {
+            wire: self.wire.iter(),
+            order: self.order,
+        }
     }
 }
+
+impl<'a> IntoIterator for Entries<'a> {
+    type Item = PageEntry;
+    type IntoIter = EntriesIter<'a>;
+
+    fn into_iter(self) -> EntriesIter<'a> {
+        self.iter()
+    }
+}
+
+impl<'a> IntoIterator for &Entries<'a> {
+    type Item = PageEntry;
+    type IntoIter = EntriesIter<'a>;
+
+    fn into_iter(self) -> EntriesIter<'a> {
+        self.iter()
+    }
+}
+
+/// Iterator over the entries of a PAGE_DATA record.
+#[derive(Clone, Debug)]
+pub struct EntriesIter<'a> {
+    wire: slice::Iter<'a, WirePageEntry>,
+    order: ByteOrder,
+}
+
+impl Iterator for EntriesIter<'_> {
+    type Item = PageEntry;
+
+    fn next(&mut self) -> Option<PageEntry> {
+        Some(self.wire.next()?.entry(self.order))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.wire.size_hint()
+    }
+}
+
+impl ExactSizeIterator for EntriesIter<'_> {}

@@ -20,12 +20,13 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::byte_order::ByteOrder;
 use crate::wire::{U32, U64};
 
-pub mod order;
+mod order;
 pub mod read;
 pub mod record;
 pub mod write;
 
-pub use order::{LibxlOrder, LibxlOrderError};
+pub(crate) use order::LibxlOrder;
+pub use order::LibxlOrderError;
 pub use read::LibxlReader;
 pub use record::{
     CheckpointState, CheckpointStateRecord, EmulatorId, EmulatorInstance, LibxlRecord,
@@ -46,7 +47,7 @@ pub const MAX_BODY: u32 = 128 << 20;
 /// | 12–15 | options: bit 0 endianness, bit 1 made by the legacy converter, others zero |
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct WireLibxlHeader {
+pub(crate) struct WireLibxlHeader {
     ident: U64,
     version: U32,
     options: U32,
@@ -79,7 +80,7 @@ impl LibxlHeader {
     /// # Errors
     ///
     /// A wrong identifier or version; a reserved bit that is set.
-    pub fn decode(wire: &WireLibxlHeader, lenient: bool) -> Result<Self, LibxlError> {
+    pub(crate) fn decode(wire: &WireLibxlHeader, lenient: bool) -> Result<Self, LibxlError> {
         const BE: ByteOrder = ByteOrder::Big;
         let ident = wire.ident.get(BE);
         if ident != Self::IDENT {
@@ -102,7 +103,7 @@ impl LibxlHeader {
     }
 
     /// Encodes the header.
-    pub fn encode(self) -> WireLibxlHeader {
+    pub(crate) fn encode(self) -> WireLibxlHeader {
         const BE: ByteOrder = ByteOrder::Big;
         let order = match self.order {
             ByteOrder::Little => 0,

@@ -4,7 +4,6 @@
 mod detect;
 mod failure;
 mod libxl;
-mod libxl_order;
 mod libxl_rules;
 mod xl;
 

@@ -54,7 +54,7 @@ pub enum LibxlOrderError {
 
 /// The state machine.
 #[derive(Clone, Debug, Default)]
-pub struct LibxlOrder {
+pub(crate) struct LibxlOrder {
     libxc_seen: bool,
     checkpointed: bool,
     in_checkpoint: bool,
@@ -63,19 +63,19 @@ pub struct LibxlOrder {
 
 impl LibxlOrder {
     /// The state at the start of a stream, after its header.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
     /// Called when the libxc layer has reached a CHECKPOINT: the records up to CHECKPOINT_END
     /// belong to that checkpoint.
-    pub fn begin_checkpoint(&mut self) {
+    pub(crate) fn begin_checkpoint(&mut self) {
         self.checkpointed = true;
         self.in_checkpoint = true;
     }
 
     /// Whether END has come.
-    pub fn ended(&self) -> bool {
+    pub(crate) fn ended(&self) -> bool {
         self.ended
     }
 
@@ -84,7 +84,7 @@ impl LibxlOrder {
     /// # Errors
     ///
     /// It is out of place; the state is then unchanged.
-    pub fn admit(&mut self, kind: LibxlRecordKind) -> Result<(), LibxlOrderError> {
+    pub(crate) fn admit(&mut self, kind: LibxlRecordKind) -> Result<(), LibxlOrderError> {
         use LibxlRecordKind as Kind;
         if self.ended {
             return Err(LibxlOrderError::AfterEnd { kind });
@@ -109,3 +109,6 @@ impl LibxlOrder {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

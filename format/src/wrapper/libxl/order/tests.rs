@@ -1,7 +1,14 @@
 //! Tests of the order of records in a libxl stream. As the review asked, only real dependencies are
 //! enforced, and every permitted order is accepted.
 
-use xsr_format::wrapper::libxl::{LibxlOrder, LibxlOrderError, LibxlRecordKind as Kind};
+#![allow(
+    clippy::unwrap_used,
+    clippy::arithmetic_side_effects,
+    reason = "a test fails by panicking"
+)]
+
+use super::{LibxlOrder, LibxlOrderError};
+use crate::wrapper::libxl::LibxlRecordKind as Kind;
 
 /// An event in a stream: a record, or a pause of the libxc layer at a CHECKPOINT.
 #[derive(Clone, Copy, Debug)]
