@@ -58,7 +58,7 @@
 //!     }
 //!     Ok(pages)
 //! }
-//! # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs")); }
+//! # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
 //! # assert_eq!(pages(&doc::image()[..])?, 1);
 //! # Ok::<(), ReadError>(())
 //! ```
@@ -73,7 +73,7 @@
 //!     DomainHeader, GuestType, PAGE_SIZE, PageEntry, PageType, Pfn, RecordWriter, WriteError,
 //! };
 //!
-//! # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs")); }
+//! # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
 //! # use doc::CONTEXT;
 //! # fn main() -> Result<(), WriteError> {
 //! let domain = DomainHeader { guest_type: GuestType::X86_HVM, xen_major: 4, xen_minor: 20 };

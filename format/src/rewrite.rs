@@ -102,7 +102,7 @@ impl NewItem {
 /// use xsr_format::transcode::copy_bytes;
 /// use xsr_format::{Body, ReadOptions, RecordKind, Walk};
 ///
-/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs")); }
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
 /// # let image = doc::image();
 /// // Adds an optional record at the end of the static data.
 /// let note = NewItem::Record { kind: RecordKind(0x8000_0001), body: b"moved".to_vec() };

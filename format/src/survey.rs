@@ -25,7 +25,7 @@ use crate::wrapper::xl::XlHeader;
 /// use xsr_format::survey::{DomainKind, Survey};
 /// use xsr_format::{Pfn, ReadOptions};
 ///
-/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs")); }
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
 /// # let image = doc::image();
 /// let survey = Survey::of(&image[..], ReadOptions::default())?;
 /// assert_eq!(survey.kind(), Some(DomainKind::Hvm { emulated: None }));

@@ -31,7 +31,6 @@ pub(crate) use self::made::{About, Made};
 use self::plan::Plan;
 pub(crate) use self::plan::{Overrides, config_for};
 pub(crate) use self::source::{ImageSource, of_old_sender};
-use self::survey::Survey;
 use crate::args::RestoreArgs;
 use crate::backend::{self, Hypervisor};
 use crate::cpu;
@@ -148,10 +147,10 @@ fn too_small(input: &Input, lenient: bool, error: Error) -> Error {
         }) if tot_pages >= max_pages => *max_pages,
         _ => return error,
     };
-    let again = || Survey::of(&input.again()?.unwrapped(lenient)?, lenient);
+    let again = || survey::of(&input.again()?.unwrapped(lenient)?, lenient);
     let words = match input.is_repeatable().then(again) {
-        Some(Ok(found)) if found.memory.populated() > most => {
-            verdict::too_many_pages(found.memory.populated(), most)
+        Some(Ok(found)) if found.populated_pages > most => {
+            verdict::too_many_pages(found.populated_pages, most)
         }
         Some(_) => return error,
         None => BadImage(format!(

@@ -13,12 +13,13 @@ use std::path::Path;
 
 use anyhow::{Context as _, Error, Result};
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
+use xsr_format::survey::Survey;
 use xsr_format::wrapper::xl::XlHeader;
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore, Extent};
 use xsr_xen_backend::{DomainSettings, GuestKind, NewDomain, Uuid};
 
 use super::made::Made;
-use super::survey::Survey;
+use super::survey;
 use super::{INCOMING, Named, bad};
 use crate::args::{RestoreArgs, RestoreKind};
 use crate::backend::Hypervisor;
@@ -227,10 +228,10 @@ impl Known {
             }
             (kind, vcpus, memory_kib, Some(survey)) => {
                 let found = survey()?;
-                let held = found.memory.populated().saturating_mul(4);
+                let held = found.populated_pages.saturating_mul(4);
                 (
-                    kind.map_or_else(|| found.kind(), Ok)?,
-                    vcpus.unwrap_or(found.vcpus.max(1)),
+                    kind.map_or_else(|| survey::kind(&found), Ok)?,
+                    vcpus.unwrap_or(found.vcpus().max(1)),
                     memory_kib.map_or(held, |kib| match is_short {
                         true => kib.max(held),
                         false => kib,
@@ -268,7 +269,7 @@ pub(crate) fn config_for(input: &Input, file: &Path, lenient: bool) -> Result<St
         is_conversion: true,
         ..Overrides::named_after(file)
     };
-    let mut survey = || Survey::of(&input.again()?.unwrapped(lenient)?, lenient);
+    let mut survey = || survey::of(&input.again()?.unwrapped(lenient)?, lenient);
     let survey: Option<&mut dyn FnMut() -> Result<Survey>> = match input.is_repeatable() {
         true => Some(&mut survey),
         false => None,
@@ -365,7 +366,7 @@ impl Plan {
     ) -> Result<Self> {
         let mut survey = input.filter(|input| input.is_repeatable()).map(|input| {
             move || {
-                let found = Survey::of(&input.again()?, lenient)?;
+                let found = survey::of(&input.again()?, lenient)?;
                 if input.length.is_some() {
                     let mut file = &input.file;
                     file.seek(SeekFrom::Start(offset))?;
