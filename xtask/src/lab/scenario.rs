@@ -105,6 +105,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("checkpoint", "hvm2"),
     more("checkpoint", "hvmpv"),
     more("checkpoint", "hvmpv2"),
+    more("checkpoint_live", "pvh"),
+    more("checkpoint_live", "pvh2"),
+    more("checkpoint_live", "hvmpv"),
     smoke("parity", "pv"),
     smoke("parity", "pvh"),
     more("parity", "hvm"),
@@ -178,6 +181,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     shadow("ours_ours", "pv32x2"),
     shadow("checkpoint", "pv32"),
     shadow("checkpoint", "pv32x2"),
+    shadow("checkpoint_live", "pv"),
+    shadow("checkpoint_live", "pv32"),
     shadow("parity", "pv32"),
     shadow("parity", "pv32x2"),
     shadow("migrate_stock_stock", "pv"),
@@ -264,6 +269,10 @@ const KINDS: &[(&str, &str)] = &[
     (
         "checkpoint",
         "xl save -c with our helper: the guest runs on, and so does its image",
+    ),
+    (
+        "checkpoint_live",
+        "the same while the guest runs (XSR_LIVE), and the stock helper restores the image",
     ),
     (
         "parity",
