@@ -8,6 +8,7 @@ use xsr_xen_backend::{BackendError, Domain, DomainInfo, ShutdownReason};
 
 use crate::args::Backend;
 use crate::backend::domain_command;
+use crate::exit;
 
 /// The state of a domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,7 +39,7 @@ impl Condition {
             Err(error) if error.blame() == Blame::Domain => Self::Gone,
             Err(error) => Self::Unknown(
                 BackendError::domain("getdomaininfo", domain.domid, Errno::EIO)
-                    .explained(error.to_string()),
+                    .explained(exit::words_of(&error)),
             ),
         }
     }

@@ -1,5 +1,7 @@
 //! Exit codes, and which failure gets which. Only this file decides that.
 
+mod remedy;
+
 use std::process::ExitCode;
 use std::{fmt, io};
 
@@ -9,6 +11,8 @@ use xsr_save_restore::RestoreError;
 use xsr_save_restore::migrate::BoxError;
 
 use crate::text::shown;
+
+pub(crate) use self::remedy::decompressor;
 
 /// The exit code of the command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -234,24 +238,23 @@ pub(crate) fn code_of(error: &anyhow::Error) -> Code {
     Code::Failed
 }
 
-/// The text of a failure, from the operation down to its cause. Some errors already include their
-/// cause, which is then not repeated. Names and texts from outside are escaped, so that a terminal
+/// The text of a failure, from the operation down to its cause, with advice. Names and texts from outside are escaped, so that a terminal
 /// does not interpret them.
 pub(crate) fn words<'e>(
     causes: impl Iterator<Item = &'e (dyn std::error::Error + 'static)>,
 ) -> String {
     let mut words = String::new();
     for cause in causes {
-        let cause = match cause.is::<Migration>() {
+        let said = match cause.is::<Migration>() {
             // It contains commands to type, each on a line.
             true => cause.to_string(),
             false => shown(&cause.to_string()),
         };
-        if words.is_empty() {
-            words = cause;
-        } else if !words.ends_with(&cause) {
-            words = format!("{words}: {cause}");
+        if !words.is_empty() {
+            words.push_str(": ");
         }
+        words.push_str(&said);
+        words.push_str(&remedy::remedy(cause));
     }
     words
 }
@@ -323,17 +326,6 @@ mod tests {
     use anyhow::Context as _;
 
     use super::*;
-
-    #[test]
-    fn a_cause_is_not_said_twice() {
-        let source = io::Error::other("disk on fire");
-        let outer = format!("cannot read host.json: {source}");
-        let error = anyhow::Error::new(source)
-            .context(outer)
-            .context("saving web");
-        let expected = "saving web: cannot read host.json: disk on fire";
-        assert_eq!(words(error.chain()), expected);
-    }
 
     #[test]
     fn a_name_in_a_failure_makes_no_line_of_its_own() {

@@ -14,7 +14,7 @@ use xsr_format::walk::Walk;
 use xsr_format::wrapper::vhd::{self, Vhd, VhdError};
 use xsr_save_restore::storage::file::check_readable;
 
-use crate::exit::{BadImage, BadUsage};
+use crate::exit::{self, BadImage, BadUsage};
 use crate::feed::{self, Behind, Feed};
 use crate::origin::Origin;
 use crate::painter::Follower;
@@ -141,7 +141,7 @@ impl Input {
             }
             Err(error) => {
                 (&self.file).rewind().with_context(name)?;
-                let why = format!("it cannot be read as a VHD ({error})");
+                let why = format!("it cannot be read as a VHD ({})", exit::words_of(&error));
                 return Err(self.foreign().context(why).context(name()));
             }
         };

@@ -15,7 +15,7 @@ use xsr_format::read::ReadOptions;
 use xsr_format::record::page_data::Entries;
 use xsr_format::walk::{Content, Walk};
 
-use crate::exit::BadImage;
+use crate::exit::{self, BadImage};
 use crate::file::Input;
 use crate::image::At;
 use crate::text::Count;
@@ -79,6 +79,7 @@ pub(crate) use order::{InOrder, Reordered, pass_over};
 
 /// The error for commands that have `--ignore-index`.
 pub(crate) fn bad_index(error: &LayoutError) -> Error {
+    let error = exit::words_of(error);
     Error::new(BadImage(format!(
         "{error}; --ignore-index reads the image as a stream"
     )))

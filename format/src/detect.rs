@@ -134,17 +134,6 @@ impl Compression {
             }
         }
     }
-
-    /// The command that decompresses a file to its standard output.
-    pub const fn command(self) -> &'static str {
-        match self {
-            Self::Gzip => "gzip -dc",
-            Self::Zstd => "zstd -dc --long=31",
-            Self::Xz => "xz -dc",
-            Self::Lz4 => "lz4 -dc",
-            Self::Bzip2 => "bzip2 -dc",
-        }
-    }
 }
 
 impl fmt::Display for Compression {
@@ -232,39 +221,22 @@ impl Detected {
 }
 
 impl fmt::Display for Detected {
-    /// The format's name, and what can be done with the file.
+    /// The format's name.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Xl => f.write_str("domain saved by xl"),
             Self::Libxl => f.write_str("bare libxl stream"),
             Self::Libxc => f.write_str("bare libxc stream"),
-            Self::Libvirt => f.write_str(
-                "domain saved by libvirt (virsh restores it; a libxl stream is inside, which \
-                 xsr cat takes out)",
-            ),
-            Self::Xapi => f.write_str(
-                "suspend image of xapi (xe resumes it; a libxc stream is inside, which xsr cat \
-                 takes out)",
-            ),
-            Self::XapiLegacy => f.write_str(
-                "suspend image of XenServer before 6.5 (a legacy stream is inside, which xsr \
-                 convert reads)",
-            ),
-            Self::Xend => f.write_str(
-                "domain saved by xend, with xm save (a legacy stream is inside, which xsr convert \
-                 reads)",
-            ),
+            Self::Libvirt => f.write_str("domain saved by libvirt"),
+            Self::Xapi => f.write_str("suspend image of xapi"),
+            Self::XapiLegacy => f.write_str("suspend image of XenServer before 6.5"),
+            Self::Xend => f.write_str("domain saved by xend, with xm save"),
             Self::Legacy(start) => write!(
                 f,
-                "legacy libxc stream of {:#x} frames, written by a {} (xsr convert, or Xen's \
-                 convert-legacy-stream, makes today's of it)",
+                "legacy libxc stream of {:#x} frames, written by a {}",
                 start.p2m_size, start.width
             ),
-            Self::Compressed(compression) => write!(
-                f,
-                "compressed with {compression} (decompress it first: {} FILE | …)",
-                compression.command()
-            ),
+            Self::Compressed(compression) => write!(f, "compressed with {compression}"),
             Self::Foreign(foreign) => write!(f, "it is {foreign}"),
             Self::Empty => f.write_str("the file is empty"),
             Self::Unknown => f.write_str(

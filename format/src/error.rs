@@ -90,9 +90,7 @@ pub enum DecodeError {
         got: u16,
     },
     /// A reserved field or padding that is not zero.
-    #[error(
-        "{structure}: {field} at byte {at} of it must be zero, got {got:#x} (--lenient tolerates this)"
-    )]
+    #[error("{structure}: {field} at byte {at} of it must be zero, got {got:#x}")]
     ReservedNotZero {
         /// The header or record body with the field.
         structure: &'static str,
@@ -163,7 +161,7 @@ pub enum DecodeError {
     },
     /// Reserved bits in a PAGE_DATA entry.
     #[error(
-        "PAGE_DATA: entry {index} (pfn {pfn}) has bits 52–59 set ({got:#04x}), which must be zero (--lenient tolerates this)"
+        "PAGE_DATA: entry {index} (pfn {pfn}) has bits 52–59 set ({got:#04x}), which must be zero"
     )]
     PageEntryReserved {
         /// Index of the entry.
@@ -291,6 +289,18 @@ pub enum DecodeError {
     /// A record that is out of place.
     #[error(transparent)]
     Order(#[from] OrderError),
+}
+
+impl DecodeError {
+    /// Whether a lenient reader accepts what is wrong ([`ReadOptions::lenient`]).
+    ///
+    /// [`ReadOptions::lenient`]: crate::read::ReadOptions::lenient
+    pub fn is_tolerable(&self) -> bool {
+        matches!(
+            self,
+            Self::ReservedNotZero { .. } | Self::PageEntryReserved { .. }
+        )
+    }
 }
 
 /// Checks reserved fields of one structure.
@@ -422,9 +432,9 @@ impl fmt::Display for Position {
     }
 }
 
-/// A failure to read a stream, with its position.
-#[derive(Debug, Error)]
-#[error("{position}: {cause}")]
+/// A failure to read a stream, with its position. Its text contains the text of `cause`; its source
+/// is the source of `cause`.
+#[derive(Debug)]
 pub struct ReadError {
     /// Position of the structure that failed.
     pub position: Position,
@@ -437,7 +447,7 @@ pub struct ReadError {
 #[non_exhaustive]
 pub enum ReadErrorCause {
     /// The source failed.
-    #[error("reading failed: {0}")]
+    #[error("reading failed")]
     Io(#[source] io::Error),
     /// The stream ends too early.
     #[error("stream ends inside it: {needed} bytes more were expected{}", plausibly(*needed))]
@@ -446,25 +456,25 @@ pub enum ReadErrorCause {
         needed: u64,
     },
     /// The bytes break a rule of the libxc stream.
-    #[error("{0}")]
+    #[error(transparent)]
     Decode(#[from] DecodeError),
     /// The bytes break a rule of the libxl stream.
-    #[error("{0}")]
+    #[error(transparent)]
     Libxl(#[from] LibxlError),
     /// The bytes break a rule of libvirt's header.
-    #[error("{0}")]
+    #[error(transparent)]
     Libvirt(#[from] LibvirtError),
     /// The bytes break a rule of xapi's images.
-    #[error("{0}")]
+    #[error(transparent)]
     Xapi(#[from] XapiError),
     /// The bytes break a rule of xend's header.
-    #[error("{0}")]
+    #[error(transparent)]
     Xend(#[from] XendError),
     /// The bytes break a rule of the legacy stream.
-    #[error("{0}")]
+    #[error(transparent)]
     Legacy(#[from] LegacyError),
     /// The bytes break a rule of the xl header.
-    #[error("{0}")]
+    #[error(transparent)]
     Xl(#[from] XlError),
     /// The file is, or holds, something other than a current image.
     #[error("not a saved domain that can be read: {0}")]
@@ -475,6 +485,18 @@ pub enum ReadErrorCause {
     /// An impossible state: a bug in xsr, not a fault of the image or its source.
     #[error("{0}: this is a bug in xsr, please report it")]
     Bug(&'static str),
+}
+
+impl fmt::Display for ReadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.position, self.cause)
+    }
+}
+
+impl std::error::Error for ReadError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.cause.source()
+    }
 }
 
 impl ReadError {
@@ -489,6 +511,20 @@ impl ReadError {
         match &self.cause {
             ReadErrorCause::Decode(e) => Some(e),
             _ => None,
+        }
+    }
+
+    /// Whether a lenient reader accepts what is wrong ([`ReadOptions::lenient`]).
+    ///
+    /// [`ReadOptions::lenient`]: crate::read::ReadOptions::lenient
+    pub fn is_tolerable(&self) -> bool {
+        match &self.cause {
+            ReadErrorCause::Decode(error) => error.is_tolerable(),
+            ReadErrorCause::Libxl(error) => matches!(error, LibxlError::ReservedNotZero { .. }),
+            ReadErrorCause::Libvirt(error) => matches!(error, LibvirtError::Reserved { .. }),
+            ReadErrorCause::Legacy(error) => matches!(error, LegacyError::NotZero { .. }),
+            ReadErrorCause::Xl(error) => matches!(error, XlError::OptionalFlags { .. }),
+            _ => false,
         }
     }
 
@@ -535,7 +571,7 @@ impl ReadErrorCause {
 #[derive(Debug, Error)]
 pub enum WriteError {
     /// The sink failed.
-    #[error("writing failed: {0}")]
+    #[error("writing failed")]
     Io(#[from] io::Error),
     /// The record would break a rule of the format.
     #[error("{kind} cannot be written: {cause}")]
@@ -565,5 +601,26 @@ mod tests {
         for words in words {
             assert!(words.contains("a bug in xsr, please report it"), "{words}");
         }
+    }
+
+    #[test]
+    fn a_lenient_reader_tolerates_reserved_fields_and_nothing_else() {
+        let tolerable = |cause: ReadErrorCause| ReadError::at(Place::End, 0, cause).is_tolerable();
+        let field = "options";
+        let (at, got) = (12, 4);
+        assert!(tolerable(
+            LibxlError::ReservedNotZero { field, at, got }.into()
+        ));
+        assert!(tolerable(XlError::OptionalFlags { got: 1 }.into()));
+        let structure = "image header";
+        let reserved = DecodeError::ReservedNotZero {
+            structure,
+            field,
+            at,
+            got,
+        };
+        assert!(tolerable(reserved.into()));
+        assert!(!tolerable(DecodeError::PageCountZero.into()));
+        assert!(!tolerable(ReadErrorCause::Trailing));
     }
 }

@@ -95,7 +95,7 @@ pub fn leading_pads(entries: impl IntoIterator<Item = PageEntry>) -> usize {
 #[derive(Debug, Error)]
 pub enum LayoutError {
     /// The file could not be read.
-    #[error("reading failed: {0}")]
+    #[error("reading failed")]
     Io(#[from] io::Error),
     /// A field of the footer that this version does not understand.
     #[error(

@@ -72,10 +72,10 @@ impl ImageSink for Vec<u8> {}
 #[derive(Debug, Error)]
 pub enum CopyError {
     /// The source could not be read.
-    #[error("reading failed: {0}")]
+    #[error("reading failed")]
     Read(#[source] io::Error),
     /// The sink could not be written.
-    #[error("writing failed: {0}")]
+    #[error("writing failed")]
     Write(#[source] io::Error),
 }
 
@@ -114,13 +114,13 @@ pub enum TranscodeError {
     #[error(transparent)]
     Read(#[from] ReadError),
     /// The sink failed.
-    #[error("writing failed: {0}")]
+    #[error("writing failed")]
     Write(#[source] io::Error),
     /// A record cannot be written.
-    #[error("{0}")]
+    #[error(transparent)]
     Record(WriteError),
     /// A record of the libxl stream cannot be written.
-    #[error("{0}")]
+    #[error(transparent)]
     Libxl(WrapperWriteError),
     /// xl's header is requested, but there is no configuration for it.
     #[error("an xl image begins with the domain's configuration, and there is none")]

@@ -28,7 +28,7 @@ use libxl::{LibxlError, LibxlRecordKind};
 #[derive(Debug, Error)]
 pub enum WrapperWriteError {
     /// The sink failed.
-    #[error("writing failed: {0}")]
+    #[error("writing failed")]
     Io(#[from] io::Error),
     /// The record would break a rule of the libxl stream.
     #[error("{kind} cannot be written: {cause}")]

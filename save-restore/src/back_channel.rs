@@ -81,7 +81,7 @@ impl<F: AsFd> BackChannel for FdBackChannel<F> {
 #[non_exhaustive]
 pub enum BackChannelError {
     /// A read failed, or the back channel ended.
-    #[error("reading the back-channel failed: {0}")]
+    #[error("reading the back-channel failed")]
     Io(#[from] io::Error),
     /// A record of another kind.
     #[error("record {number} of the back-channel is {kind}, expected CHECKPOINT_DIRTY_PFN_LIST")]

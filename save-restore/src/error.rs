@@ -14,6 +14,7 @@ use crate::back_channel::BackChannelError;
 use crate::guest::refused::PolicyRefused;
 use crate::progress::Cancelled;
 use crate::restore::CpuMissing;
+use crate::text::chain;
 use crate::toolstack::ToolstackError;
 
 /// An impossible state of a guest, found on a save or on a restore.
@@ -87,6 +88,9 @@ pub enum GuestError {
         "the guest's p2m grew while it was being saved, and the image has no room for that before its first page; the guest runs on, save it again"
     )]
     P2mOutgrewLayout,
+    /// More pages than the index of a mapped image can count.
+    #[error("the guest has more pages than the mapped layout can index")]
+    TooLargeForLayout,
     /// Xen reports a page type that the format cannot express.
     #[error("pfn {pfn} (frame {gfn}) has page type {:#x}, which the format does not know", page_type.nibble())]
     PageType {
@@ -211,7 +215,7 @@ pub enum GuestError {
 #[non_exhaustive]
 pub enum SaveError {
     /// The stream could not be written.
-    #[error("writing the stream failed: {0}")]
+    #[error("writing the stream failed")]
     Stream(#[source] WriteError),
     /// The hypervisor refused a call.
     #[error(transparent)]
@@ -234,8 +238,8 @@ pub enum SaveError {
         iterations: u32,
     },
     /// The secondary's list of pages is invalid or could not be read (COLO).
-    #[error("{0}")]
-    BackChannel(#[source] BackChannelError),
+    #[error(transparent)]
+    BackChannel(BackChannelError),
     /// COLO needs a translated guest.
     #[error("a PV guest cannot run under COLO: it is for HVM guests")]
     ColoGuest,
@@ -247,7 +251,9 @@ pub enum SaveError {
     Aborted,
     /// The save failed, and then the guest could not be resumed either.
     #[error(
-        "{cause}; and the domain could not be resumed: {resume}. {}",
+        "{}; and the domain could not be resumed: {}. {}",
+        chain(&**cause),
+        chain(resume),
         if *known { "It is still suspended: resume it by hand" }
         else { "Whether it is suspended could not be found out: look at it, and resume it by hand" }
     )]
@@ -417,7 +423,7 @@ pub enum RestoreError {
         cause: BackendError,
     },
     /// The hypervisor refused the state of an HVM guest's vcpus and devices.
-    #[error("HVM_CONTEXT ({bytes} bytes) was refused: {reason} (see `xl dmesg`): {cause}")]
+    #[error("HVM_CONTEXT ({bytes} bytes) was refused: {reason}: {cause}")]
     HvmContext {
         /// Its size.
         bytes: usize,
@@ -454,7 +460,7 @@ pub enum RestoreError {
     },
     /// A complete checkpoint could not be applied. The domain holds a part of it and a part of the
     /// one before, and must never run. The sender may still be alive.
-    #[error("checkpoint {checkpoint} was complete and could not be applied: {cause}")]
+    #[error("checkpoint {checkpoint} was complete and could not be applied")]
     NotApplied {
         /// Its number, from 1.
         checkpoint: u64,
@@ -463,7 +469,7 @@ pub enum RestoreError {
         cause: Box<RestoreError>,
     },
     /// The list of the guest's dirty pages could not be sent to the primary (COLO).
-    #[error("making the list of dirty pages for the primary failed: {0}")]
+    #[error("making the list of dirty pages for the primary failed")]
     BackChannel(#[source] io::Error),
     /// COLO needs a translated guest.
     #[error("a PV guest cannot run under COLO: it is for HVM guests")]
@@ -524,5 +530,105 @@ mod tests {
         assert!(matches!(told, SaveError::Aborted), "{told:?}");
         let broken = failed(io::ErrorKind::BrokenPipe.into());
         assert!(matches!(broken, SaveError::Toolstack(_)), "{broken:?}");
+    }
+
+    fn io_error() -> io::Error {
+        io::Error::other("the disk is on fire")
+    }
+
+    fn read_error(cause: ReadErrorCause) -> ReadError {
+        let place = xsr_format::error::Place::End;
+        let position = xsr_format::error::Position { place, offset: 7 };
+        ReadError { position, cause }
+    }
+
+    fn broken_rule() -> ReadError {
+        read_error(xsr_format::error::DecodeError::PageCountZero.into())
+    }
+
+    fn encode() -> WriteError {
+        WriteError::Encode {
+            kind: RecordKind::PAGE_DATA,
+            cause: xsr_format::error::DecodeError::PageCountZero,
+        }
+    }
+
+    fn told() -> ToolstackError {
+        ToolstackError::new("suspending the guest", io_error())
+    }
+
+    /// Each kind of error of a save that has a cause.
+    fn failed_saves() -> Vec<SaveError> {
+        vec![
+            SaveError::Stream(WriteError::Io(io_error())),
+            SaveError::Stream(encode()),
+            BackendError::host("getdomaininfo", xsr_xen_backend::Errno::EPERM).into(),
+            SaveError::Toolstack(told()),
+            SaveError::Guest(GuestError::P2mOutgrewLayout),
+            SaveError::BackChannel(BackChannelError::Io(io_error())),
+            SaveError::NotResumed {
+                cause: Box::new(SaveError::Stream(WriteError::Io(io_error()))),
+                resume: ToolstackError::new("resuming the guest", "it is gone"),
+                known: true,
+            },
+        ]
+    }
+
+    /// Each kind of error of a restore that has a cause.
+    fn failed_restores() -> Vec<RestoreError> {
+        let refused = || BackendError::host("setvcpucontext", xsr_xen_backend::Errno::EINVAL);
+        vec![
+            RestoreError::Stream(read_error(ReadErrorCause::Io(io_error()))),
+            RestoreError::Stream(broken_rule()),
+            RestoreError::Stream(read_error(ReadErrorCause::Io(io::Error::other(
+                broken_rule(),
+            )))),
+            refused().into(),
+            RestoreError::Toolstack(told()),
+            RestoreError::TscInfo {
+                mode: 1,
+                khz: 2,
+                cause: refused(),
+            },
+            RestoreError::Spill {
+                directory: "/tmp".to_owned(),
+                cause: io_error(),
+            },
+            RestoreError::not_applied(3, RestoreError::Stream(broken_rule())),
+            RestoreError::BackChannel(io_error()),
+        ]
+    }
+
+    #[test]
+    fn each_cause_is_printed_once() {
+        let saves = failed_saves()
+            .into_iter()
+            .map(Box::<dyn std::error::Error>::from);
+        let restores = failed_restores()
+            .into_iter()
+            .map(Box::<dyn std::error::Error>::from);
+        for error in saves.chain(restores) {
+            let text = chain(&*error);
+            for cause in [
+                "the disk is on fire",
+                "count is 0",
+                "Invalid argument",
+                "suspending the guest",
+                "it is gone",
+                "writing failed",
+            ] {
+                assert!(text.matches(cause).count() <= 1, "{text}");
+            }
+            let own = error.to_string();
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                assert!(!own.contains(&error.to_string()), "{own}: {error}");
+                cause = error.source();
+            }
+        }
+        let shown = |error: &RestoreError| chain(error);
+        let lost = RestoreError::Stream(read_error(ReadErrorCause::Io(io_error())));
+        let said = "end of the file at byte 0x7: reading failed: the disk is on fire";
+        assert_eq!(shown(&lost), said);
     }
 }

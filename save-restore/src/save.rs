@@ -35,6 +35,7 @@ use crate::save::mapped::{MappedImage, Part};
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
 use crate::sink::PageSink;
+use crate::text::chain;
 use crate::toolstack::{SaveToolstack, ToolstackError};
 
 pub use crate::save::checkpointed::{BUFFER_BYTES, CheckpointedStats, Checkpoints};
@@ -160,7 +161,7 @@ fn went_away(gone: GuestError, cause: SaveError) -> SaveError {
         SaveError::Backend(_) | SaveError::Map(_) | SaveError::Toolstack(_) | SaveError::Guest(_)
     );
     if of_the_guest {
-        tracing::debug!(error = %cause, "the guest has gone away");
+        tracing::debug!(error = chain(&cause), "the guest has gone away");
         return gone.into();
     }
     cause

@@ -1,4 +1,6 @@
-//! Escaping of text from outside for a terminal.
+//! Text for a terminal: escapes of text from outside, errors with their causes.
+
+use std::error::Error;
 
 /// Whether this character would control a terminal, or change the order in which text is shown: C0
 /// and C1 controls, DEL, line separators, bidirectional controls.
@@ -30,4 +32,29 @@ pub fn escaped(text: &str, unfit: impl Fn(char) -> bool) -> String {
         }
     }
     out
+}
+
+/// The text of an error and of its causes, the outermost first.
+///
+/// Each error of these libraries either contains the text of its cause, or returns the cause as its
+/// source; this prints each text once, as `{:#}` of `anyhow` does.
+///
+/// ```
+/// use std::io;
+/// use xsr_save_restore::text::chain;
+/// use xsr_save_restore::toolstack::ToolstackError;
+///
+/// let error = ToolstackError::new("suspending web", io::Error::other("no answer"));
+/// assert_eq!(error.to_string(), "suspending web");
+/// assert_eq!(chain(&error), "suspending web: no answer");
+/// ```
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }

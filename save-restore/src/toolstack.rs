@@ -16,11 +16,12 @@ pub use crate::guest::older_policy::OlderGuest;
 
 /// A callback that failed.
 #[derive(Debug, Error)]
-#[error("{what}: {cause}")]
+#[error("{what}")]
 pub struct ToolstackError {
     /// What the callback should have done.
     pub what: &'static str,
     /// Why it failed.
+    #[source]
     pub cause: Box<dyn std::error::Error + Send + Sync>,
 }
 

@@ -29,7 +29,7 @@ pub(crate) enum StoreError {
     Absent(io::Error),
     /// The connection broke, or the store's answer was malformed.
     #[error("the connection to xenstore broke: {0}")]
-    Connection(#[from] io::Error),
+    Connection(io::Error),
     /// The store refused the request.
     #[error("xenstore refuses {op} of {path}: {errno}")]
     Refused {
@@ -40,6 +40,12 @@ pub(crate) enum StoreError {
         /// The reason.
         errno: Errno,
     },
+}
+
+impl From<io::Error> for StoreError {
+    fn from(error: io::Error) -> Self {
+        Self::Connection(error)
+    }
 }
 
 impl StoreError {

@@ -2,6 +2,7 @@
 //! `CONTRIBUTING.md`.
 
 mod dependencies;
+mod errors;
 mod lexer;
 mod prose;
 mod source;
@@ -40,6 +41,7 @@ pub(crate) fn run() -> Result<Outcome> {
         };
         if file.extension().is_some_and(|extension| extension == "rs") {
             source::check(file, &contents, &mut findings);
+            errors::check(file, &contents, &mut findings);
         }
         text::check(file, &contents, &mut findings);
         prose::check(file, &contents, &mut findings);

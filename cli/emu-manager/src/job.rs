@@ -172,16 +172,3 @@ fn restore(
         })
         .map_err(ended)
 }
-
-/// A failure and its causes as text. Some errors name their cause themselves; such a cause is not
-/// repeated.
-pub(crate) fn words(error: &Error) -> String {
-    error
-        .chain()
-        .map(ToString::to_string)
-        .fold(String::new(), |words, cause| match words.as_str() {
-            "" => cause,
-            said if said.ends_with(&cause) => words,
-            said => format!("{said}: {cause}"),
-        })
-}

@@ -117,7 +117,7 @@ fn work(args: &Args, words: &[String], guardian: Option<Link>, open: Open) -> Ex
     let stream = match begin(args, &control) {
         Ok(stream) => stream,
         Err(error) => {
-            control.failed(&job::words(&error));
+            control.failed(&format!("{error:#}"));
             return REFUSED.into();
         }
     };
@@ -137,7 +137,7 @@ fn work(args: &Args, words: &[String], guardian: Option<Link>, open: Open) -> Ex
         }
         Some(end) => control.failed(&end.text()),
         None => {
-            let words = job::words(&error);
+            let words = format!("{error:#}");
             tracing::error!("{} of {} failed: {words}", args.what(), args.domid);
             control.failed(&words);
         }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use xsr_format::frame::Gfn;
 use xsr_save_restore::progress::Cancel;
+use xsr_save_restore::text::chain;
 use xsr_save_restore::toolstack::{
     DirectToolstack, MissingStaticData, OlderGuest, RestoreToolstack, SaveToolstack,
     ToolstackError, make_up_for,
@@ -71,7 +72,7 @@ impl SaveToolstack for Saving<'_> {
         let resumed = resume(self.domain, self.qmp.as_deref());
         match &resumed {
             Ok(()) => tracing::info!("the save is not complete: the guest runs on"),
-            Err(error) => tracing::error!("the guest is still suspended: {error}"),
+            Err(error) => tracing::error!("the guest is still suspended: {}", chain(error)),
         }
         resumed
     }

@@ -70,7 +70,7 @@ pub(crate) fn run(
             errno: 0,
         },
         Err(error) => {
-            let (words, advice) = (words(&error), advice(&error));
+            let (words, advice) = (format!("{error:#}"), advice(&error));
             tracing::error!("{} failed: {words}{advice}", args.what());
             Outcome {
                 retval: -1,
@@ -253,19 +253,6 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &dyn Backend) -> Result<()>
     Ok(())
 }
 
-/// The text of a failure, down to its cause. Some errors already include their cause, which is then
-/// not repeated.
-pub(crate) fn words(error: &anyhow::Error) -> String {
-    error
-        .chain()
-        .map(ToString::to_string)
-        .fold(String::new(), |words, cause| match words.as_str() {
-            "" => cause,
-            said if said.ends_with(&cause) => words,
-            said => format!("{said}: {cause}"),
-        })
-}
-
 /// Advice, if an environment variable can help.
 fn advice(error: &anyhow::Error) -> &'static str {
     match error.downcast_ref() {
@@ -335,7 +322,10 @@ mod tests {
     fn the_cause_decides_the_errno_and_is_said_once() {
         let broken = || SaveError::from(io::Error::from(io::ErrorKind::BrokenPipe));
         let error = anyhow::Error::new(broken());
-        assert_eq!(words(&error).matches("broken pipe").count(), 1, "{error:#}");
+        assert_eq!(
+            format!("{error:#}"),
+            "writing the stream failed: writing failed: broken pipe"
+        );
         let raw = io::Error::from_raw_os_error(Errno::ENOSPC as i32);
         let error = anyhow::Error::new(SaveError::from(raw)).context("saving");
         assert_eq!(errno_of(error.as_ref()), Errno::ENOSPC);

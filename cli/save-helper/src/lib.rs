@@ -72,7 +72,7 @@ fn run(open: fn() -> anyhow::Result<Box<dyn Backend>>) -> ExitCode {
     tracing::debug!("starting {}", args.what());
     match job::run(&args, &wire, open) {
         Ok(outcome) => complete(&wire, &outcome),
-        Err(error) => tracing::error!("{}", job::words(&error)),
+        Err(error) => tracing::error!("{error:#}"),
     }
     match wire.lost() {
         Some(Lost::Reply) => NO_REPLY.into(),

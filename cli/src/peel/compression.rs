@@ -25,7 +25,7 @@ use xsr_format::detect::Compression;
 use super::Source;
 use super::packed::{Packed, Progress};
 use super::zstd::{self, ZstdFrame};
-use crate::exit::BadImage;
+use crate::exit::{self, BadImage};
 use crate::text::Count;
 
 /// The largest window allowed, which `xz -9` and `zstd --ultra -22` use (64 and 128 MiB).
@@ -89,7 +89,7 @@ impl fmt::Display for Damage {
                 "its {compression} data want more than {} MiB of memory: decompress it first: {} \
                  FILE | …",
                 MAX_WINDOW >> 20,
-                compression.command()
+                exit::decompressor(*compression)
             ),
             Wrong::Dictionary => write!(
                 f,
@@ -197,7 +197,7 @@ pub(super) fn decompressed(
     windows: &Windows,
 ) -> Result<(Source, Arc<Progress>)> {
     if compression == Compression::Bzip2 {
-        let command = compression.command();
+        let command = exit::decompressor(compression);
         return Err(Error::new(BadImage(format!(
             "compressed with {compression}, which neither libvirt's xl driver nor xapi offers; \
              decompress it first: {command} FILE | …"

@@ -157,7 +157,7 @@ pub enum LegacyError {
     #[error("the pages end, and none has come: the state is incomplete and cannot be restored")]
     NoPages,
     /// A reserved field that is not zero.
-    #[error("{what} is {got:#x}, expected 0 (--lenient tolerates this)")]
+    #[error("{what} is {got:#x}, expected 0")]
     NotZero {
         /// Name of the field.
         what: &'static str,

@@ -62,7 +62,7 @@ pub enum LibvirtError {
         got: u32,
     },
     /// A reserved word that is not zero.
-    #[error("reserved bytes at {at} are {got:#x}, expected 0 (--lenient tolerates this)")]
+    #[error("reserved bytes at {at} are {got:#x}, expected 0")]
     Reserved {
         /// Its offset in the header.
         at: u64,

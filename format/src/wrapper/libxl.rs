@@ -148,7 +148,7 @@ pub enum LibxlError {
         got: u32,
     },
     /// A reserved field or padding that is not zero.
-    #[error("{field} (byte {at} of it) must be zero, got {got:#x} (--lenient tolerates this)")]
+    #[error("{field} (byte {at} of it) must be zero, got {got:#x}")]
     ReservedNotZero {
         /// The structure and its field.
         field: &'static str,

@@ -33,7 +33,7 @@ const MAX_BLOCKS: u32 = 1 << 20;
 #[non_exhaustive]
 pub enum VhdError {
     /// The source failed, or ended.
-    #[error("reading failed: {0}")]
+    #[error("reading failed")]
     Io(#[from] io::Error),
     /// It is not a dynamic disk.
     #[error("it is a VHD of type {0}, expected 3 (dynamic)")]

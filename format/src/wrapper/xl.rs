@@ -91,9 +91,7 @@ pub enum XlError {
         got: u32,
     },
     /// Optional flags; none is defined.
-    #[error(
-        "optional flags are {got:#010x}, expected 0 since none is defined (--lenient tolerates this)"
-    )]
+    #[error("optional flags are {got:#010x}, expected 0 since none is defined")]
     OptionalFlags {
         /// The value found.
         got: u32,

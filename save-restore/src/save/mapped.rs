@@ -143,10 +143,7 @@ fn failed(error: StorageError) -> SaveError {
 
 fn unplaceable(error: Unplaceable) -> SaveError {
     match error {
-        Unplaceable::TooLarge => SaveError::from(io::Error::other(
-            "the guest has more pages than the mapped layout can index: save it with --layout \
-             stream",
-        )),
+        Unplaceable::TooLarge => GuestError::TooLargeForLayout.into(),
         Unplaceable::FrontMoved => GuestError::P2mOutgrewLayout.into(),
     }
 }

@@ -16,6 +16,7 @@ use crate::save::{
     CheckpointedStats, Checkpoints, Live, Run, SaveOptions, SaveStats, Saved, Suspended, give_back,
 };
 use crate::sink::PageSink;
+use crate::text::chain;
 use crate::toolstack::{CheckpointToolstack, ColoToolstack, SaveToolstack, ToolstackError};
 
 /// Something that is done while a guest is suspended to be saved: a snapshot of its disks, say.
@@ -219,7 +220,10 @@ impl<'r> SaveRequest<'r> {
                     && let Err(error) = buffer.flush()
                 {
                     // The sink has failed then, and the caller knows it.
-                    tracing::debug!(%error, "the end of the stream could not be written");
+                    tracing::debug!(
+                        error = chain(&error),
+                        "the end of the stream could not be written"
+                    );
                 }
                 Err(cause)
             }

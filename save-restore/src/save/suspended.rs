@@ -5,6 +5,7 @@
 use xsr_xen_backend::{Domain, DomainInfo, Errno, ShutdownReason};
 
 use crate::error::{GuestError, SaveError};
+use crate::text::chain;
 use crate::toolstack::{
     CheckpointToolstack, ColoToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
 };
@@ -89,7 +90,11 @@ impl<'a, T: SaveToolstack + ?Sized> Suspended<'a, T> {
             && let Err(error) = self.toolstack.switch_qemu_logdirty(false)
         {
             // The image is unaffected; the device model merely continues to mark pages.
-            tracing::warn!(%error, "the device model's log-dirty mode could not be switched off");
+            let error = chain(&error);
+            tracing::warn!(
+                error,
+                "the device model's log-dirty mode could not be switched off"
+            );
         }
     }
 
@@ -148,7 +153,8 @@ impl<T: SaveToolstack + ?Sized> Drop for Suspended<'_, T> {
     fn drop(&mut self) {
         self.logging_off();
         if let Err(error) = self.resume() {
-            tracing::error!(%error, "the domain could not be resumed");
+            let error = chain(&error);
+            tracing::error!(error, "the domain could not be resumed");
         }
     }
 }

@@ -13,14 +13,14 @@ use crate::error::BackendError;
 #[derive(Debug, Error)]
 pub enum MockError {
     /// A file of the host could not be read or written.
-    #[error("{doing} {}: {source}", path.display())]
+    #[error("{doing} {}: {cause}", path.display())]
     Io {
         /// The operation that failed.
         doing: &'static str,
         /// The file.
         path: PathBuf,
         /// The system's error.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Another process has been repairing the host for a long time, after one that was killed.
     #[error("another process is putting mock host {} in order: try again when it has", path.display())]
@@ -51,14 +51,14 @@ pub enum MockError {
         why: String,
     },
     /// The directory holds no host.
-    #[error("{} is not a mock host; make one with `xsr mock create`", path.display())]
+    #[error("{} is not a mock host", path.display())]
     NotAHost {
         /// The directory.
         path: PathBuf,
     },
     /// The host was made by a version of xsr that keeps it in another way.
     #[error(
-        "{} is a mock host of another version of xsr (layout {layout}, expected {FORMAT}); make a new one with `xsr mock create`",
+        "{} is a mock host of another version of xsr (layout {layout}, expected {FORMAT})",
         path.display()
     )]
     OtherLayout {
@@ -74,12 +74,12 @@ pub enum MockError {
         path: PathBuf,
     },
     /// A state file is damaged.
-    #[error("{} is damaged: {source}", path.display())]
+    #[error("{} is damaged: {cause}", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
         /// The parse error.
-        source: serde_json::Error,
+        cause: serde_json::Error,
     },
     /// No domain has that name or number.
     #[error("no domain {name:?} on this mock host")]
@@ -116,10 +116,6 @@ impl MockError {
         path: impl Into<PathBuf>,
     ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io {
-            doing,
-            path,
-            source,
-        }
+        move |cause| Self::Io { doing, path, cause }
     }
 }

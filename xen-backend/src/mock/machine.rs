@@ -249,8 +249,8 @@ impl Machine {
                             found.insert(domid, Arc::new(new));
                         }
                         // Another process has just destroyed it.
-                        Err(MockError::Io { source, .. })
-                            if source.kind() == io::ErrorKind::NotFound => {}
+                        Err(MockError::Io { cause, .. })
+                            if cause.kind() == io::ErrorKind::NotFound => {}
                         Err(error) => return Err(error),
                     },
                 }

@@ -216,7 +216,7 @@ impl Place {
     pub(super) fn read(&self, name: &str) -> Result<Option<Vec<u8>>, MockError> {
         let mut file = match self.file(name, How::Read) {
             Ok(file) => file,
-            Err(MockError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Err(MockError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {
                 return Ok(None);
             }
             Err(error) => return Err(error),
@@ -259,7 +259,7 @@ impl Place {
                 let metadata = metadata.map_err(MockError::io("read", self.path.join(name)))?;
                 Ok(Some(metadata.len()))
             }
-            Err(MockError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Err(MockError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {
                 Ok(None)
             }
             Err(error) => Err(error),

@@ -95,16 +95,16 @@ pub(super) struct Saved {
 }
 
 fn parse<T: for<'de> Deserialize<'de>>(path: &Path, bytes: &[u8]) -> Result<T, MockError> {
-    serde_json::from_slice(bytes).map_err(|source| MockError::Damaged {
+    serde_json::from_slice(bytes).map_err(|cause| MockError::Damaged {
         path: path.to_owned(),
-        source,
+        cause,
     })
 }
 
 fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, MockError> {
-    let mut bytes = serde_json::to_vec_pretty(value).map_err(|source| MockError::Damaged {
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(|cause| MockError::Damaged {
         path: PathBuf::from("state"),
-        source,
+        cause,
     })?;
     bytes.push(b'\n');
     Ok(bytes)
@@ -438,7 +438,7 @@ fn load(domains: &Place, domid: DomId) -> Result<Option<Saved>, MockError> {
         }))
     })();
     match loaded {
-        Err(MockError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(MockError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
         loaded => loaded,
     }
 }

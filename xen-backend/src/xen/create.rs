@@ -128,7 +128,7 @@ fn createdomain(calls: &Calls, new: &NewDomain, create: Create) -> Result<DomId,
         match errno {
             Errno::ENOMEM => error.explained("Xen has no memory for another domain"),
             Errno::EINVAL | Errno::EOPNOTSUPP => error.explained(format!(
-                "a {} domain with {} vcpus; `xl dmesg` says what Xen does not like",
+                "a {} domain with {} vcpus; the hypervisor's log says what Xen does not like",
                 kind.name(),
                 create.vcpus
             )),

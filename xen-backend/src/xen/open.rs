@@ -45,11 +45,10 @@ pub enum OpenError {
         uid: u32,
     },
     /// A device cannot be opened for another reason.
-    #[error("the hypervisor's devices below /dev/xen cannot be opened: {source}")]
+    #[error("the hypervisor's devices below /dev/xen cannot be opened: {cause}")]
     Device {
         /// The kernel's error.
-        #[from]
-        source: io::Error,
+        cause: io::Error,
     },
     /// The device refuses hypercalls.
     #[error(
@@ -110,7 +109,7 @@ pub(super) fn device() -> Result<Privcmd, OpenError> {
                 uid: geteuid().as_raw(),
             })
         }
-        Err(source) => Err(OpenError::Device { source }),
+        Err(cause) => Err(OpenError::Device { cause }),
     }
 }
 

@@ -25,7 +25,7 @@ use xsr_save_restore::{CpuCheck, RestoreError, RestoreRequest};
 use super::source::ImageSource;
 use super::{Image, Made, Named, of_emulator};
 use crate::backend::{self, Hypervisor};
-use crate::exit::Withdrawn;
+use crate::exit::{self, Withdrawn};
 
 /// The checkpoint from which a domain took over.
 #[derive(Clone, Debug)]
@@ -105,7 +105,7 @@ pub(super) fn survival<S>(
         most_spilt_bytes: survivor.most_spilt_bytes,
         why: match survivor.ending {
             Ending::Ended(_) => "the sender ended the stream".to_owned(),
-            Ending::SourceLost(error) => error.to_string(),
+            Ending::SourceLost(error) => exit::words_of(&error),
             Ending::BackChannelLost(error) => error.to_string(),
             Ending::ToolstackLost => "the stream broke off in the end of a checkpoint".to_owned(),
         },

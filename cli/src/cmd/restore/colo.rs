@@ -24,6 +24,7 @@ use super::checkpoints::{StandBy, Standby, Survival, survival};
 use super::{Image, Made, Named};
 use crate::backend::Hypervisor;
 use crate::backend::workload;
+use crate::exit;
 
 impl<'a> Image<'a> {
     /// Create the domain and run it from checkpoint to checkpoint, until the primary is lost.
@@ -185,7 +186,10 @@ impl ColoRestoreToolstack for Secondary<'_, '_, '_> {
             }
             Err(error @ MessageError::Record { .. }) => Err(ToolstackError::new(WHAT, error)),
             Err(error) => {
-                tracing::info!(%error, "the primary says nothing any more");
+                tracing::info!(
+                    error = exit::words_of(&error),
+                    "the primary says nothing any more"
+                );
                 Ok(Arrival::Lost)
             }
         }

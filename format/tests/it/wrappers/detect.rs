@@ -54,17 +54,17 @@ fn a_file_that_ends_inside_a_name_is_what_the_name_begins() {
 }
 
 #[test]
-fn compressed_files_are_named_with_the_command_that_helps() {
-    for (magic, compression, command) in [
-        (&b"\x1f\x8b\x08\x00"[..], Compression::Gzip, "gzip -dc"),
-        (b"\x28\xb5\x2f\xfd", Compression::Zstd, "zstd -dc"),
-        (b"\xfd7zXZ\x00", Compression::Xz, "xz -dc"),
-        (b"\x04\x22\x4d\x18", Compression::Lz4, "lz4 -dc"),
-        (b"BZh9", Compression::Bzip2, "bzip2 -dc"),
+fn compressed_files_are_named() {
+    for (magic, compression, name) in [
+        (&b"\x1f\x8b\x08\x00"[..], Compression::Gzip, "gzip"),
+        (b"\x28\xb5\x2f\xfd", Compression::Zstd, "zstd"),
+        (b"\xfd7zXZ\x00", Compression::Xz, "xz"),
+        (b"\x04\x22\x4d\x18", Compression::Lz4, "lz4"),
+        (b"BZh9", Compression::Bzip2, "bzip2"),
     ] {
         let what = detect(magic);
         assert_eq!(what, Detected::Compressed(compression));
-        assert!(what.to_string().contains(command), "{what}");
+        assert_eq!(what.to_string(), format!("compressed with {name}"));
         assert!(!what.is_readable());
     }
 }
@@ -99,13 +99,13 @@ fn legacy_streams_are_what_is_left_if_possible() {
 }
 
 #[test]
-fn what_is_recognised_but_not_read_says_what_to_do() {
+fn what_is_recognised_but_not_read_is_named() {
     for (bytes, words) in [
-        (NAMED[1].0, &["libvirt", "virsh"][..]),
-        (NAMED[2].0, &["xapi", "xe"]),
+        (NAMED[1].0, &["libvirt"][..]),
+        (NAMED[2].0, &["xapi"]),
         (
             b"\x00\x80\x00\x00\x00\x00\x00\x00",
-            &["legacy", "0x8000", "64-bit", "convert-legacy-stream"],
+            &["legacy", "0x8000", "64-bit"],
         ),
         (b"", &["empty"]),
         (b"hello, world", &["text"]),

@@ -66,7 +66,6 @@ fn reserved_fields_must_be_zero_unless_lenient() {
         let error = broken_rule(&bytes, STRICT);
         let (field, got) = ("stream header: options bits 2–31", 1 << bit);
         assert_eq!(error, LibxlError::ReservedNotZero { field, at: 12, got });
-        assert!(error.to_string().contains("--lenient"));
         assert_eq!(read(&bytes, LENIENT).unwrap().len(), 2);
     }
     for length in 9..16 {

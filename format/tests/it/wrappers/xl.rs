@@ -321,10 +321,11 @@ fn a_configuration_longer_than_the_limit_is_neither_written_nor_looked_into() {
 fn a_failing_source_is_not_blamed_on_the_image() {
     let error = XlHeader::read(Broken, STRICT).unwrap_err();
     assert!(!error.is_bad_image());
-    assert!(
-        error
-            .to_string()
-            .starts_with("xl header at byte 0x0: reading failed: ")
+    assert_eq!(error.to_string(), "xl header at byte 0x0: reading failed");
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert_eq!(
+        source,
+        io::Error::from(io::ErrorKind::PermissionDenied).to_string()
     );
     let cause = Cause::Io(io::ErrorKind::PermissionDenied);
     assert_eq!(Failure::from(error), failure(HEADER, 0, cause));
