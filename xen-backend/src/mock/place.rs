@@ -259,9 +259,7 @@ impl Place {
                 let metadata = metadata.map_err(MockError::io("read", self.path.join(name)))?;
                 Ok(Some(metadata.len()))
             }
-            Err(MockError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {
-                Ok(None)
-            }
+            Err(MockError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
     }
