@@ -9,20 +9,27 @@
 //! | `outgoing.rs`, `incoming.rs` | the chunks of each direction: window, order, acknowledgement |
 //! | `state.rs` | the links, what each sends next, and what ends the session |
 //! | `wire.rs` | the transport of a link |
+//! | `tls.rs`, `directory.rs` | TLS on a link: one-time keys, or a directory with certificates |
+//! | `tcp.rs` | links over TCP |
+//! | `compress.rs` | compression, and when it is worth its time |
 //! | `link.rs` | the two threads of a link |
 //! | `make.rs` | how the two ends make a session and take up a link again |
 
+mod compress;
+mod directory;
 mod frame;
 mod incoming;
 mod link;
 mod make;
 mod outgoing;
 mod state;
+mod tcp;
+mod tls;
 mod wire;
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -33,8 +40,13 @@ use super::connection::{
 };
 use crate::descriptor::Limit;
 use crate::pace::Pace;
+pub use compress::Compression;
+use compress::Policy;
+pub use directory::KeyDirectory;
 pub use make::{Dial, Server, SessionError, SessionRequest};
 use state::{Over, State};
+pub use tcp::{SessionListener, TcpDial};
+pub use tls::{ClientTls, KeyError, OneTimeKey, ServerTls};
 pub use wire::Wire;
 
 /// How long a call waits before it looks at its limits again.
@@ -54,6 +66,17 @@ struct Shared {
     /// The session is dropped, and its threads end.
     dropped: AtomicBool,
     made: Instant,
+    policy: Policy,
+    carried: Carried,
+}
+
+/// What was sent, in bytes.
+#[derive(Debug, Default)]
+struct Carried {
+    /// On the links, before TLS.
+    wire: AtomicU64,
+    /// Of the stream; what was sent twice counts twice.
+    stream: AtomicU64,
 }
 
 impl Shared {

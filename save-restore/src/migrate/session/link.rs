@@ -2,10 +2,12 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Instant;
 
 use super::Shared;
+use super::compress::{Compressor, Decompressor};
 use super::frame::{CHUNK, Contents, Frame, Malformed};
 use super::outgoing::{LinkId, Piece};
 use super::state::Job;
@@ -58,8 +60,9 @@ impl Link {
     /// Reads frames until the link ends.
     fn read_all(&self, mut inbox: Inbox) {
         let wait = Wait::forever().unless(&self.cancel);
+        let mut decompressor = Decompressor::new();
         let why = loop {
-            match self.frames(&mut inbox) {
+            match self.frames(&mut inbox, &mut decompressor) {
                 Ok(true) => {}
                 Ok(false) => break "the other end has closed it".to_owned(),
                 Err(malformed) => {
@@ -77,12 +80,16 @@ impl Link {
     }
 
     /// Handles the frames that are here. Returns whether the link goes on.
-    fn frames(&self, inbox: &mut Inbox) -> Result<bool, Malformed> {
+    fn frames(
+        &self,
+        inbox: &mut Inbox,
+        decompressor: &mut Decompressor,
+    ) -> Result<bool, Malformed> {
         while let Some((frame, length)) = Frame::read(inbox.bytes())? {
             let goes_on = !matches!(frame, Frame::Bye | Frame::Abort);
             match frame {
                 Frame::Chunk { number, contents } => {
-                    let piece = unpack(number, contents)?;
+                    let piece = unpack(number, contents, decompressor)?;
                     let mut state = self.shared.lock();
                     let more = state.arrived(number, piece, self.id, Instant::now());
                     drop(state);
@@ -116,6 +123,7 @@ impl Link {
     fn write_all(&self) {
         let wait = Wait::forever().unless(&self.cancel);
         let mut bytes = Vec::new();
+        let mut compressor = Compressor::new();
         loop {
             let mut state = self.shared.lock();
             let job = loop {
@@ -133,11 +141,22 @@ impl Link {
             let over = state.over().is_some();
             drop(state);
             bytes.clear();
-            frame_of(&job).write(&mut bytes);
+            self.frame_of(&job, &mut compressor).write(&mut bytes);
             let aborts = matches!(job, Job::Abort);
+            let begun = Instant::now();
             if let Err(error) = self.wire.write(&bytes, &wait) {
                 return self.lose(&words(&error));
             }
+            if let Job::Chunk(_, piece) = &job {
+                self.shared.policy.written(bytes.len(), begun.elapsed());
+                let stream = piece.len() as u64;
+                self.shared
+                    .carried
+                    .stream
+                    .fetch_add(stream, Ordering::Relaxed);
+            }
+            let wire = bytes.len() as u64;
+            self.shared.carried.wire.fetch_add(wire, Ordering::Relaxed);
             // After an abort the peer closes the link; what it has sent may still be read, unless
             // the session is over.
             if aborts && over {
@@ -148,32 +167,40 @@ impl Link {
 }
 
 /// What a chunk holds.
-fn unpack(number: u64, contents: Contents<'_>) -> Result<Piece, Malformed> {
+fn unpack(
+    number: u64,
+    contents: Contents<'_>,
+    decompressor: &mut Decompressor,
+) -> Result<Piece, Malformed> {
     Ok(match contents {
         Contents::Plain(bytes) => Piece::Bytes(bytes.to_vec()),
         Contents::Zeroes(length) => Piece::Bytes(vec![0; length.min(CHUNK)]),
-        Contents::Zstd { .. } => return Err(Malformed::Compressed(number)),
+        Contents::Zstd { length, frame } => {
+            Piece::Bytes(decompressor.unpack(number, length, frame)?)
+        }
         Contents::End => Piece::End,
     })
 }
 
-/// The frame that carries what a link sends.
-fn frame_of(job: &Job) -> Frame<'_> {
-    match job {
-        Job::Chunk(number, piece) => Frame::Chunk {
-            number: *number,
-            contents: match &**piece {
-                Piece::Bytes(bytes) => Contents::Plain(bytes),
-                Piece::End => Contents::End,
+impl Link {
+    /// The frame that carries what a link sends.
+    fn frame_of<'a>(&self, job: &'a Job, compressor: &'a mut Compressor) -> Frame<'a> {
+        match job {
+            Job::Chunk(number, piece) => Frame::Chunk {
+                number: *number,
+                contents: match &**piece {
+                    Piece::Bytes(bytes) => compressor.pack(bytes, &self.shared.policy),
+                    Piece::End => Contents::End,
+                },
             },
-        },
-        Job::Acknowledge { received, read } => Frame::Acknowledged {
-            received: *received,
-            read: *read,
-        },
-        Job::Alive => Frame::Alive,
-        Job::Bye => Frame::Bye,
-        Job::Abort => Frame::Abort,
+            Job::Acknowledge { received, read } => Frame::Acknowledged {
+                received: *received,
+                read: *read,
+            },
+            Job::Alive => Frame::Alive,
+            Job::Bye => Frame::Bye,
+            Job::Abort => Frame::Abort,
+        }
     }
 }
 

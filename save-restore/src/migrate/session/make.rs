@@ -9,16 +9,17 @@ use std::time::{Duration, Instant};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use thiserror::Error;
 
+use super::compress::{Compression, Policy};
 use super::frame::{Answer, Hello, Malformed, Purpose, SLOTS, Token, WINDOW, Welcome};
 use super::link;
 use super::state::{Limits, State};
 use super::wire::{Inbox, Wire};
-use super::{Session, Shared};
+use super::{Carried, Session, Shared};
 use crate::migrate::connection::{ConnectionError, Wait};
 use crate::progress::Cancel;
 
 /// How long making one link may take, from the connection to the welcome.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+pub(super) const HANDSHAKE: Duration = Duration::from_secs(5);
 
 /// A link on which nothing arrives for so long is lost, if lost links are taken up again.
 const SILENCE: Duration = Duration::from_secs(4);
@@ -85,6 +86,7 @@ pub struct SessionRequest {
     reconnect: Duration,
     suspended: Duration,
     token: Option<Token>,
+    compression: Compression,
 }
 
 impl Default for SessionRequest {
@@ -107,7 +109,15 @@ impl SessionRequest {
             reconnect: Duration::ZERO,
             suspended: Duration::from_secs(2),
             token: None,
+            compression: Compression::None,
         }
+    }
+
+    /// Compresses what this end sends.
+    #[must_use]
+    pub const fn compression(mut self, how: Compression) -> Self {
+        self.compression = how;
+        self
     }
 
     /// So many links, at least 1 and at most [`Self::MOST_LINKS`].
@@ -178,7 +188,7 @@ impl SessionRequest {
             None => Token(Self::new_token()?),
         };
         let wire = dial.dial(limit, cancel).map_err(SessionError::Connecting)?;
-        let shared = Shared::new(State::new(self.limits(), Instant::now()));
+        let shared = Shared::new(self);
         let client = Client {
             request: self.clone(),
             token,
@@ -196,9 +206,11 @@ impl SessionRequest {
 }
 
 impl Shared {
-    fn new(state: State) -> Arc<Self> {
+    fn new(request: &SessionRequest) -> Arc<Self> {
         Arc::new(Self {
-            state: Mutex::new(state),
+            state: Mutex::new(State::new(request.limits(), Instant::now())),
+            policy: Policy::new(request.compression),
+            carried: Carried::default(),
             process: Condvar::new(),
             links: Condvar::new(),
             dropped: false.into(),
@@ -462,7 +474,7 @@ impl Server {
                     },
                     ..self.request.clone()
                 };
-                let shared = Shared::new(State::new(request.limits(), Instant::now()));
+                let shared = Shared::new(&request);
                 *session = Some((hello.token, Arc::clone(&shared)));
                 Ok((shared, true))
             }
@@ -474,5 +486,12 @@ impl Session {
     /// The number of links that it has now.
     pub fn links(&self) -> usize {
         self.shared.lock().links()
+    }
+
+    /// The bytes that this end has written to its links, and the bytes that they stand for.
+    pub fn sent(&self) -> (u64, u64) {
+        let carried = &self.shared.carried;
+        let now = |of: &std::sync::atomic::AtomicU64| of.load(std::sync::atomic::Ordering::Relaxed);
+        (now(&carried.wire), now(&carried.stream))
     }
 }

@@ -4,6 +4,8 @@
 
 #[path = "tests/cut.rs"]
 mod cut;
+#[path = "tests/tls.rs"]
+mod tls;
 
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc;

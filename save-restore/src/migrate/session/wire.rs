@@ -1,6 +1,7 @@
 //! The bytes of one link: those of the connection below, or those of TLS on it.
 
-use std::io;
+use std::io::{self, Read as _, Write as _};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::migrate::connection::{Connection, ConnectionError, Peer, Received, Wait};
 
@@ -8,6 +9,9 @@ use super::frame::LONGEST;
 
 /// How much one read of the connection takes.
 const READ: usize = 128 << 10;
+
+/// How much encrypted data one read takes: less than [`READ`] when it is decrypted.
+const READ_ENCRYPTED: usize = READ / 2;
 
 /// What has arrived on a link and is not a whole frame yet.
 #[derive(Debug)]
@@ -49,17 +53,86 @@ impl Inbox {
     }
 }
 
+/// TLS on a connection.
+#[derive(Debug)]
+struct Tls {
+    session: Mutex<rustls::Connection>,
+    /// The reading thread's.
+    arrived: Mutex<Vec<u8>>,
+    /// The writing thread's.
+    written: Mutex<Vec<u8>>,
+}
+
 /// A link's transport. One thread reads and another one writes.
 #[derive(Debug)]
 pub struct Wire {
     connection: Box<dyn Connection>,
+    tls: Option<Tls>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A violation of TLS, or a peer that is not the right one.
+fn refused(error: rustls::Error) -> ConnectionError {
+    ConnectionError::Lost(io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 impl Wire {
     /// A link without encryption: for a connection that is encrypted otherwise, such as one through
     /// ssh.
     pub fn plain(connection: Box<dyn Connection>) -> Self {
-        Self { connection }
+        Self {
+            connection,
+            tls: None,
+        }
+    }
+
+    /// A link with TLS; both ends authenticate within the time of `wait` for each call.
+    ///
+    /// # Errors
+    ///
+    /// As [`Connection::read`] and [`Connection::write`]; the peer is refused, or refuses this end.
+    pub(super) fn encrypted(
+        connection: Box<dyn Connection>,
+        mut session: rustls::Connection,
+        wait: &Wait<'_>,
+    ) -> Result<Self, ConnectionError> {
+        // What is written at once is a frame.
+        session.set_buffer_limit(None);
+        let mut room = vec![0; READ_ENCRYPTED];
+        while session.is_handshaking() {
+            send(&*connection, &mut session, &mut Vec::new(), wait)?;
+            if !session.is_handshaking() {
+                break;
+            }
+            let n = match connection.read(&mut room, wait)? {
+                Received::Closed => {
+                    return Err(ConnectionError::Lost(io::ErrorKind::UnexpectedEof.into()));
+                }
+                Received::Bytes(n) => n,
+            };
+            let mut rest = &room[..n];
+            while !rest.is_empty() {
+                session.read_tls(&mut rest).map_err(ConnectionError::Lost)?;
+                if let Err(error) = session.process_new_packets() {
+                    // The peer learns why, if it still listens.
+                    let told = send(&*connection, &mut session, &mut Vec::new(), wait);
+                    tracing::debug!(?told, "an alert");
+                    return Err(refused(error));
+                }
+            }
+        }
+        send(&*connection, &mut session, &mut Vec::new(), wait)?;
+        Ok(Self {
+            connection,
+            tls: Some(Tls {
+                session: Mutex::new(session),
+                arrived: Mutex::new(room),
+                written: Mutex::default(),
+            }),
+        })
     }
 
     /// The peer of the connection below.
@@ -69,11 +142,32 @@ impl Wire {
 
     /// Reads what has arrived. Returns whether it has not ended.
     pub(super) fn read(&self, to: &mut Inbox, wait: &Wait<'_>) -> Result<bool, ConnectionError> {
-        match self.connection.read(to.room(), wait)? {
-            Received::Closed => Ok(false),
-            Received::Bytes(n) => {
-                to.filled(n);
-                Ok(true)
+        let Some(tls) = &self.tls else {
+            return match self.connection.read(to.room(), wait)? {
+                Received::Closed => Ok(false),
+                Received::Bytes(n) => {
+                    to.filled(n);
+                    Ok(true)
+                }
+            };
+        };
+        let mut arrived = locked(&tls.arrived);
+        loop {
+            if decrypted(&mut locked(&tls.session), to)? {
+                return Ok(true);
+            }
+            let n = match self.connection.read(&mut arrived, wait)? {
+                Received::Closed => return Ok(false),
+                Received::Bytes(n) => n,
+            };
+            let mut rest = &arrived[..n];
+            while !rest.is_empty() {
+                let mut session = locked(&tls.session);
+                session.read_tls(&mut rest).map_err(ConnectionError::Lost)?;
+                session.process_new_packets().map_err(refused)?;
+                if !rest.is_empty() {
+                    decrypted(&mut session, to)?;
+                }
             }
         }
     }
@@ -95,11 +189,64 @@ impl Wire {
 
     /// Writes all of it.
     pub(super) fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<(), ConnectionError> {
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let written = self.connection.write(rest, wait)?;
-            rest = &rest[written..];
+        let Some(tls) = &self.tls else {
+            return write_all(&*self.connection, bytes, wait);
+        };
+        let mut written = locked(&tls.written);
+        written.clear();
+        {
+            let mut session = locked(&tls.session);
+            let all = session.writer().write_all(bytes);
+            all.map_err(ConnectionError::Local)?;
+            encrypted(&mut session, &mut written)?;
         }
-        Ok(())
+        write_all(&*self.connection, &written, wait)
     }
+}
+
+/// Moves what has been decrypted. Returns whether there was something.
+fn decrypted(session: &mut rustls::Connection, to: &mut Inbox) -> Result<bool, ConnectionError> {
+    let mut any = false;
+    loop {
+        match session.reader().read(to.room()) {
+            Ok(0) => return Ok(any),
+            Ok(n) => {
+                to.filled(n);
+                any = true;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(any),
+            Err(error) => return Err(ConnectionError::Lost(error)),
+        }
+    }
+}
+
+/// Appends what TLS has to send.
+fn encrypted(session: &mut rustls::Connection, to: &mut Vec<u8>) -> Result<(), ConnectionError> {
+    while session.wants_write() {
+        session.write_tls(to).map_err(ConnectionError::Local)?;
+    }
+    Ok(())
+}
+
+/// Sends what TLS has to send.
+fn send(
+    connection: &dyn Connection,
+    session: &mut rustls::Connection,
+    room: &mut Vec<u8>,
+    wait: &Wait<'_>,
+) -> Result<(), ConnectionError> {
+    encrypted(session, room)?;
+    write_all(connection, room, wait)
+}
+
+fn write_all(
+    connection: &dyn Connection,
+    mut bytes: &[u8],
+    wait: &Wait<'_>,
+) -> Result<(), ConnectionError> {
+    while !bytes.is_empty() {
+        let written = connection.write(bytes, wait)?;
+        bytes = &bytes[written..];
+    }
+    Ok(())
 }

@@ -6,7 +6,7 @@ use std::thread;
 use super::*;
 
 /// Sends `bytes` from one end to the other while `meanwhile` runs, and checks that they arrive.
-fn carried(from: &Session, to: &Session, bytes: &[u8], meanwhile: impl FnOnce() + Send) {
+pub(super) fn carried(from: &Session, to: &Session, bytes: &[u8], meanwhile: impl FnOnce() + Send) {
     thread::scope(|scope| {
         scope.spawn(|| {
             let mut writer = ConnectionWriter::new(from, Wait::forever());
