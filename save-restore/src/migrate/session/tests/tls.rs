@@ -50,7 +50,7 @@ impl Listening {
     }
 
     /// Nothing has been let in.
-    fn is_empty(self) {
+    fn stays_empty(self) {
         self.cancel.cancel();
         assert!(self.session.join().unwrap().is_err());
     }
@@ -104,7 +104,7 @@ fn another_key_than_the_one_that_was_told_is_refused_by_either_end() {
             ),
             "{error:?}"
         );
-        listening.is_empty();
+        listening.stays_empty();
     }
 }
 
@@ -270,7 +270,7 @@ fn only_an_allowed_client_and_the_named_server_of_the_ca_make_a_session() {
         assert_eq!(made.is_ok(), allowed, "{row}: {made:?}");
         match made {
             Ok(client) => drop((client, listening.session.join().unwrap().unwrap())),
-            Err(_) => listening.is_empty(),
+            Err(_) => listening.stays_empty(),
         }
     }
 }
