@@ -152,6 +152,15 @@ impl fmt::Display for Compression {
 ///
 /// A file that ends inside a magic is detected as the format with that magic (the longest that
 /// fits). Its reader then reports where the file is truncated.
+///
+/// ```
+/// use xsr_format::detect::{Compression, Detected, detect};
+///
+/// assert_eq!(detect(b"LibxlFmt\0\0\0\x02"), Detected::Libxl);
+/// let Detected::Compressed(compression) = detect(b"\x28\xb5\x2f\xfd....") else { panic!() };
+/// assert_eq!(compression, Compression::Zstd);
+/// assert_eq!(compression.command(), "zstd -dc --long=31");
+/// ```
 pub fn detect(prefix: &[u8]) -> Detected {
     if prefix.is_empty() {
         return Detected::Empty;

@@ -107,6 +107,18 @@ pub struct P2mTable {
 }
 
 /// The guest as described by a libxc stream, without page contents.
+///
+/// ```
+/// use xsr_format::{ReadOptions, Walk};
+///
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
+/// # let image = doc::image();
+/// let mut walk = Walk::open(&image[..], ReadOptions::default())?;
+/// while walk.next_step()?.is_some() {}
+/// let guest = walk.guest().expect("the stream has headers");
+/// assert_eq!((guest.vcpus_needed(), guest.checkpoints()), (0, 0));
+/// # Ok::<(), xsr_format::ReadError>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct GuestImage {
     guest_type: GuestType,

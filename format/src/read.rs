@@ -36,6 +36,23 @@ pub struct ReadOptions {
 }
 
 /// Streaming reader of the records of a libxc stream.
+///
+/// ```
+/// use xsr_format::{Incoming, PAGE_SIZE, ReadOptions, RecordReader};
+///
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
+/// # let image = doc::image();
+/// let mut reader = RecordReader::new(&image[..], ReadOptions::default())?;
+/// let mut page = [0; PAGE_SIZE];
+/// while let Some(incoming) = reader.next_record()? {
+///     if let Incoming::PageData(mut body) = incoming {
+///         while body.read_page(&mut page)? {
+///             assert_eq!(page, [0x90; PAGE_SIZE]);
+///         }
+///     }
+/// }
+/// # Ok::<(), xsr_format::ReadError>(())
+/// ```
 #[derive(Clone)]
 pub struct RecordReader<R> {
     source: R,

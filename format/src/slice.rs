@@ -11,6 +11,21 @@ use crate::record::page_data::{Entries, WirePageDataHead};
 use crate::record::{Record, RecordKind, WireRecordHeader, padding};
 
 /// Reader of a libxc stream in a slice.
+///
+/// ```
+/// use xsr_format::{ReadOptions, SliceReader, SliceRecord};
+///
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
+/// # let image = doc::image();
+/// for record in SliceReader::new(&image, ReadOptions::default())? {
+///     if let SliceRecord::PageData(batch) = record? {
+///         for (entry, page) in batch.entries.iter().zip(batch.pages) {
+///             println!("pfn {} starts with {:#x}", entry.pfn, page[0]);
+///         }
+///     }
+/// }
+/// # Ok::<(), xsr_format::ReadError>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct SliceReader<'a> {
     rest: &'a [u8],

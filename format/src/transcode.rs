@@ -151,6 +151,20 @@ impl From<WrapperWriteError> for TranscodeError {
 ///
 /// The source is invalid or failed, the sink failed, or a record has no form in version 3. What has
 /// been written is then useless.
+///
+/// ```
+/// use xsr_format::transcode::{Layer, copy_bytes, transcode};
+/// use xsr_format::{ReadOptions, Walk, XlHeader};
+///
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
+/// # let image = doc::image();
+/// let mut walk = Walk::open(&image[..], ReadOptions::default())?;
+/// let header = XlHeader::new("{\"c_info\": {\"type\": \"pvh\", \"name\": \"web\"}}")?;
+/// let mut xl_image = Vec::new();
+/// transcode(&mut walk, &mut xl_image, Layer::Xl, Some(&header), copy_bytes)?;
+/// assert!(xl_image.starts_with(b"Xen saved domain"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn transcode<R: Read, W: ImageSink>(
     walk: &mut Walk<R>,
     sink: &mut W,

@@ -120,6 +120,23 @@ impl<R: Read> Content<'_, R> {
 }
 
 /// Reader of a file, step by step.
+///
+/// ```
+/// use xsr_format::{Content, ReadOptions, Walk};
+///
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
+/// # let image = doc::image();
+/// let mut walk = Walk::open(&image[..], ReadOptions::default())?;
+/// let mut kinds = Vec::new();
+/// while let Some(step) = walk.next_step()? {
+///     if let Content::Record(record) = step.content {
+///         kinds.push(record.kind.to_string());
+///     }
+/// }
+/// assert_eq!(kinds, ["STATIC_DATA_END", "HVM_CONTEXT", "END"]);
+/// assert_eq!(walk.offset(), image.len() as u64);
+/// # Ok::<(), xsr_format::ReadError>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Walk<R> {
     options: ReadOptions,

@@ -201,6 +201,18 @@ fn write_parts(
 }
 
 /// Writer of the records of a libxc stream.
+///
+/// ```
+/// use xsr_format::record::pv::PvInfo;
+/// use xsr_format::{DomainHeader, GuestType, RecordWriter};
+///
+/// let domain = DomainHeader { guest_type: GuestType::X86_PV, xen_major: 4, xen_minor: 20 };
+/// let mut stream = RecordWriter::new(Vec::new(), domain)?;
+/// stream.pv_info(PvInfo::Bits64)?;
+/// stream.static_data_end()?;
+/// assert_eq!(stream.into_sink().len(), 24 + 16 + (8 + 8) + 8);
+/// # Ok::<(), xsr_format::WriteError>(())
+/// ```
 #[derive(Debug)]
 pub struct RecordWriter<W> {
     sink: W,

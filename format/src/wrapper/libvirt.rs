@@ -72,6 +72,21 @@ pub enum LibvirtError {
 }
 
 /// libvirt's header.
+///
+/// ```
+/// use std::io::Read;
+///
+/// use xsr_format::wrapper::libvirt::LibvirtHeader;
+/// use xsr_format::{ReadOptions, Walk};
+///
+/// /// The XML that libvirt keeps with a domain, and a reader of the image after it.
+/// fn open(mut source: impl Read) -> Result<(Vec<u8>, Walk<impl Read>), xsr_format::ReadError> {
+///     let header = LibvirtHeader::read(&mut source, ReadOptions::default())?;
+///     let options = ReadOptions { offset: header.bytes(), ..ReadOptions::default() };
+///     Ok((header.xml().to_vec(), Walk::open(source, options)?))
+/// }
+/// # assert!(open(&b"no image"[..]).is_err());
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LibvirtHeader {
     version: u32,

@@ -160,6 +160,20 @@ pub fn begins_legacy(prefix: &[u8]) -> bool {
 }
 
 /// The xl file header.
+///
+/// ```
+/// use xsr_format::{ReadOptions, XlHeader};
+///
+/// let header = XlHeader::new("{}")?;
+/// let mut file = header.encode();
+/// file.extend(b"LibxlFmt, the stream");
+/// let mut source = &file[..];
+/// let read = XlHeader::read(&mut source, ReadOptions::default())?;
+/// assert_eq!(read.json()?, Some("{}"));
+/// // The source is at the first byte of the stream.
+/// assert!(source.starts_with(b"LibxlFmt"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct XlHeader {
     order: ByteOrder,

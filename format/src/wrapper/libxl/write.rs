@@ -14,6 +14,22 @@ use crate::wrapper::WrapperWriteError;
 
 /// Writer of the records of a libxl stream. It refuses those that a reader would refuse in that
 /// place.
+///
+/// ```
+/// use xsr_format::byte_order::ByteOrder;
+/// use xsr_format::wrapper::libxl::LibxlHeader;
+/// use xsr_format::{LibxlRecord, LibxlWriter};
+///
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
+/// # let image = doc::image();
+/// let header = LibxlHeader { order: ByteOrder::Little, legacy_converted: false };
+/// let mut stream = LibxlWriter::new(Vec::new(), header)?;
+/// stream.write(&LibxlRecord::LibxcContext)?;
+/// stream.sink_mut().extend_from_slice(&image);
+/// stream.write(&LibxlRecord::End)?;
+/// assert!(stream.into_sink().starts_with(b"LibxlFmt"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct LibxlWriter<W> {
     sink: W,
