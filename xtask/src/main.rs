@@ -18,6 +18,7 @@ mod helper;
 mod lab;
 mod lint;
 mod peer;
+mod semver;
 mod spread;
 mod stages;
 mod test;
@@ -98,6 +99,7 @@ Example:
   cargo xtask peer-tools && cargo xtask test")]
     PeerTools,
     Peer(peer::PeerArgs),
+    Semver(semver::SemverArgs),
     /// Build the release artefacts: static binaries, a Debian package, a tarball
     ///
     /// Writes target/dist: the binaries with man pages, shell completions, documents and licences
@@ -133,6 +135,7 @@ fn main() -> ExitCode {
         Task::Lab(args) => lab::run(&args),
         Task::PeerTools => peer::run(),
         Task::Peer(args) => peer::side_by_side(&args),
+        Task::Semver(args) => semver::run(&args),
         Task::Dist => dist::run(),
         Task::Lint => {
             lint::stages(&mut stages);
