@@ -483,22 +483,28 @@ impl<R: Read> Converted<R> {
         };
         tail.write(&mut self.writer, self.reader.pv_info())?;
         self.collect();
+        let mut last = Vec::new();
         match (self.target, &mut self.libxl) {
             (Target::Libxl, Some(libxl)) => {
                 for record in tail.libxl_records()? {
+                    // Not twice as much for a few bytes of padding.
+                    let bytes = usize::try_from(record.body_bytes()).unwrap_or(0);
+                    libxl.sink_mut().reserve_exact(bytes.saturating_add(16));
                     libxl
                         .write(&record)
                         .map_err(|e| LegacyError::Unwritable(e.to_string()))?;
                 }
+                last = std::mem::take(libxl.sink_mut());
             }
             (Target::Libxc { device_model: true }, _) => {
-                if let Some(record) = &tail.qemu {
-                    record.write(self.writer.sink_mut());
+                if let Some(record) = tail.qemu {
+                    record.write(&mut last);
                 }
             }
             _ => {}
         }
-        self.collect();
+        // The device model's state may be long: no second copy stays.
+        self.ready.extend_from_slice(&last);
         Ok(())
     }
 }

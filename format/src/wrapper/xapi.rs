@@ -29,7 +29,7 @@ use crate::image::{DomainHeader, ImageHeader, WireImageHeader};
 use crate::legacy::convert::Summary;
 use crate::legacy::{Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target};
 use crate::record::{RecordKind, WireRecordHeader, padding, zeros};
-use crate::source::{fill, fill_behind, fill_growing};
+use crate::source::{fill, fill_behind, fill_growing, skip_by_reading};
 use crate::wire::{U32, U64};
 
 mod kind;
@@ -51,6 +51,9 @@ const MAX_DESCRIPTION: u64 = 1 << 20;
 
 /// Maximum size of a record, except the libxc stream.
 const MAX_RECORD: u64 = MAX_BODY as u64 - 8;
+
+/// The most records of an image, of which each is listed. xenopsd writes fewer than ten.
+const MAX_RECORDS: usize = 1024;
 
 /// A record's header.
 ///
@@ -75,6 +78,8 @@ pub struct XapiSource<R> {
     at: usize,
     /// Number of bytes that are passed on unchanged.
     through: u64,
+    /// The padding that follows them.
+    pad: &'static [u8],
     /// The structure of the inner stream that they belong to, and its index.
     inner: Position,
     inner_index: u64,
@@ -115,6 +120,8 @@ enum Stage {
     Legacy,
     /// After the legacy stream of an HVM guest, before XenServer 6.5.
     LegacyQemu,
+    /// After the device model's state, before XenServer 6.5.
+    OldEnd,
     LibxcHeaders,
     Libxc(ByteOrder),
     Done,
@@ -146,6 +153,7 @@ impl<R: Read> XapiSource<R> {
             ready: header.encode().as_bytes().to_vec(),
             at: 0,
             through: 0,
+            pad: &[],
             inner: Position {
                 place: Place::DomainHeader,
                 offset: 0,
@@ -212,6 +220,10 @@ impl<R: Read> XapiSource<R> {
             // The caller reads it with the other bytes that are passed on.
             Stage::Legacy => Ok(()),
             Stage::LegacyQemu => self.legacy_qemu(),
+            Stage::OldEnd => {
+                self.old_end();
+                Ok(())
+            }
             Stage::Done => return Ok(false),
             Stage::Failed => Err(ReadErrorCause::Io(io::Error::other(
                 "the image failed earlier and cannot be followed",
@@ -257,6 +269,9 @@ impl<R: Read> XapiSource<R> {
         self.fill(wire.as_mut_bytes())?;
         let kind = XapiKind(wire.kind.get(LE));
         let length = wire.length.get(LE);
+        if self.records.len() >= MAX_RECORDS {
+            return Err(XapiError::TooMany { max: MAX_RECORDS }.into());
+        }
         self.records.push(XapiRecord {
             kind,
             offset,
@@ -292,31 +307,42 @@ impl<R: Read> XapiSource<R> {
     /// Reads a record other than a stream.
     fn blob(&mut self, kind: XapiKind, length: u64) -> Result<(), ReadErrorCause> {
         let bytes = checked_length(kind, length)?;
-        let mut body = Vec::new();
-        fill_growing(&mut self.source, &mut body, length)?;
-        self.offset = self.offset.saturating_add(length);
-        let emulator = match kind {
-            XapiKind::QEMU_TRAD => 1,
-            XapiKind::QEMU_XEN => 2,
+        match kind {
+            XapiKind::QEMU_TRAD => self.emulator(1, kind, bytes),
+            XapiKind::QEMU_XEN => self.emulator(2, kind, bytes),
             XapiKind::XENOPS if self.records.len() == 1 && length <= MAX_DESCRIPTION => {
+                let mut body = Vec::new();
+                fill_growing(&mut self.source, &mut body, length)?;
+                self.offset = self.offset.saturating_add(length);
                 self.description = Some(body);
-                return Ok(());
             }
-            _ => return Ok(()),
-        };
-        self.emulator(emulator, bytes, body);
+            _ => {
+                let skipped = skip_by_reading(&mut self.source, length, &mut Vec::new())
+                    .map_err(ReadErrorCause::Io)?;
+                self.offset = self.offset.saturating_add(skipped);
+                let needed = length.saturating_sub(skipped);
+                if needed > 0 {
+                    return Err(ReadErrorCause::Truncated { needed });
+                }
+            }
+        }
         Ok(())
     }
 
-    /// Makes an EMULATOR_CONTEXT with this state of `bytes` bytes ([`MAX_RECORD`] at most).
-    fn emulator(&mut self, emulator: u32, bytes: u32, mut body: Vec<u8>) {
+    /// Begins an EMULATOR_CONTEXT with the state of `bytes` bytes that follows ([`MAX_RECORD`] at
+    /// most). It may be long, so it is passed through.
+    fn emulator(&mut self, emulator: u32, kind: XapiKind, bytes: u32) {
         self.libxl_header(LibxlRecordKind::EMULATOR_CONTEXT, bytes.saturating_add(8));
         for word in [emulator, 0] {
             let word = U32::new(word, ByteOrder::Little);
             self.ready.extend_from_slice(word.as_bytes());
         }
-        self.ready.append(&mut body);
-        self.ready.extend_from_slice(zeros(u64::from(bytes)));
+        self.through = u64::from(bytes);
+        self.pad = zeros(u64::from(bytes));
+        self.inner = Position {
+            place: Place::XapiRecord { kind: Some(kind) },
+            offset: self.records.last().map_or(self.offset, |r| r.offset),
+        };
     }
 
     /// Reads the device model's state, as XenServer before 6.5 wrote it, and the end.
@@ -331,11 +357,8 @@ impl<R: Read> XapiSource<R> {
         let length = u64::from(u32::from_be_bytes(length));
         let kind = XapiKind::QEMU_TRAD;
         let bytes = checked_length(kind, length)?;
-        let mut body = Vec::new();
-        fill_growing(&mut self.source, &mut body, length)?;
-        self.offset = self.offset.saturating_add(length);
-        self.emulator(1, bytes, body);
-        self.old_end();
+        self.emulator(1, kind, bytes);
+        self.stage = Stage::OldEnd;
         Ok(())
     }
 
@@ -471,6 +494,11 @@ impl<R: Read> Read for XapiSource<R> {
                 self.through = self.through.saturating_sub(n as u64);
                 self.offset = self.offset.saturating_add(n as u64);
                 return Ok(n);
+            }
+            let pad = std::mem::take(&mut self.pad);
+            if !pad.is_empty() {
+                self.ready.extend_from_slice(pad);
+                continue;
             }
             if !self.go_on().map_err(io::Error::other)? {
                 return Ok(0);

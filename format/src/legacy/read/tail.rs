@@ -7,15 +7,15 @@ use super::{Item, LegacyError, LegacyReader, Read, ReadErrorCause, State};
 use crate::decoder::MAX_HVM_CONTEXT;
 use crate::frame::PAGE_SIZE;
 use crate::legacy::items::{QemuRecord, Vcpu};
-use crate::record::MAX_BODY;
 use crate::record::hvm::HvmParam;
 use crate::source::fill;
 
 const EXTENDED_BYTES: u64 = 128;
 /// Size of the header of each XSAVE area: mask and size.
 const XSAVE_HEAD: u64 = 16;
-/// In version 3, the record has a header before such a blob.
-const MAX_BLOB: u64 = MAX_BODY as u64 - 8;
+/// The most bytes of a device model's state. It holds the memory of a video card, 16 MiB by default,
+/// and little else.
+const MAX_DEVICE_MODEL: u64 = 64 << 20;
 
 /// `HVM_PARAM_IOREQ_PFN`, `HVM_PARAM_BUFIOREQ_PFN`, `HVM_PARAM_STORE_PFN`.
 const MAGIC: [u64; 3] = [5, 6, 1];
@@ -109,7 +109,12 @@ impl<R: Read> LegacyReader<R> {
             }
             QemuRecord::WITH_LENGTH | QemuRecord::REMUS => {
                 let bytes = u64::from(self.u32()?);
-                Self::range("length of the device model's state", bytes, 0, MAX_BLOB)?;
+                Self::range(
+                    "length of the device model's state",
+                    bytes,
+                    0,
+                    MAX_DEVICE_MODEL,
+                )?;
                 self.blob(bytes)?
             }
             got => return Err(LegacyError::QemuSignature { got }.into()),
@@ -136,7 +141,12 @@ impl<R: Read> LegacyReader<R> {
             state.truncate(at.saturating_add(got));
             self.offset = self.offset.saturating_add(got as u64);
             let length = state.len() as u64;
-            Self::range("length of the device model's state", length, 0, MAX_BLOB)?;
+            Self::range(
+                "length of the device model's state",
+                length,
+                0,
+                MAX_DEVICE_MODEL,
+            )?;
             if got < STEP {
                 return Ok(state);
             }

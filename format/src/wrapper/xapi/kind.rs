@@ -94,6 +94,12 @@ pub enum XapiError {
         /// The value found.
         got: u64,
     },
+    /// More records than an image can have.
+    #[error("more than {max} records")]
+    TooMany {
+        /// The most.
+        max: usize,
+    },
     /// A second libxc stream.
     #[error("{kind} although a libxc stream came before")]
     Repeated {
