@@ -24,6 +24,8 @@ use crate::text::Count;
 
 /// The most devices, and the most settings, that are reported.
 const MAX_DEVICES: usize = 64;
+/// The longest text that is understood, in bytes. Toolstacks write some thousand.
+const MAX_TEXT: usize = 1 << 20;
 /// The longest value that is taken over: a name, a device.
 const MAX_VALUE: usize = 256;
 
@@ -84,7 +86,7 @@ impl Origin {
     pub(crate) fn of_libvirt(xml: &[u8]) -> Self {
         let mut origin = Self::new("libvirt", "xml", xml);
         let text = std::mem::take(&mut origin.text);
-        origin.understood(xml::read(&text));
+        origin.understood(not_too_long(&text).and_then(xml::read));
         origin.text = text;
         origin
     }
@@ -93,7 +95,7 @@ impl Origin {
     pub(crate) fn of_xend(config: &[u8]) -> Self {
         let mut origin = Self::new("xend", "sxp", config);
         let text = std::mem::take(&mut origin.text);
-        origin.understood(sxp::read_xend(&text));
+        origin.understood(not_too_long(&text).and_then(sxp::read_xend));
         origin.text = text;
         origin
     }
@@ -102,7 +104,7 @@ impl Origin {
     pub(crate) fn of_xapi(record: &[u8]) -> Self {
         let mut origin = Self::new("xapi", "sxp", record);
         let text = std::mem::take(&mut origin.text);
-        origin.understood(sxp::read_xapi(&text));
+        origin.understood(not_too_long(&text).and_then(sxp::read_xapi));
         origin.text = text;
         origin
     }
@@ -175,6 +177,14 @@ impl Origin {
             "xapi" => "xapi's record",
             _ => "the configuration in the xl header",
         }
+    }
+}
+
+/// The text, unless reading it would cost too much.
+fn not_too_long(text: &str) -> Result<&str, String> {
+    match text.len() {
+        ..=MAX_TEXT => Ok(text),
+        bytes => Err(format!("has {bytes} bytes, expected at most {MAX_TEXT}")),
     }
 }
 

@@ -113,13 +113,21 @@ fn attribute(attributes: &str, wanted: &str) -> Option<String> {
     None
 }
 
+/// The longest entity, in bytes: a number with leading zeros. Without a limit, a text of many `&`
+/// would be searched to its end for each of them.
+const LONGEST_ENTITY: usize = 16;
+
 /// A text with its entities replaced.
 fn plain(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some((before, behind)) = rest.split_once('&') {
         out.push_str(before);
-        let Some((entity, behind)) = behind.split_once(';') else {
+        let end = behind
+            .bytes()
+            .take(LONGEST_ENTITY + 1)
+            .position(|b| b == b';');
+        let Some((entity, behind)) = end.map(|end| (&behind[..end], &behind[end + 1..])) else {
             out.push('&');
             rest = behind;
             continue;

@@ -8,6 +8,7 @@
 //! one of its kind would do.
 
 mod inputs;
+mod wrapped;
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
@@ -161,12 +162,16 @@ impl Came {
     }
 }
 
-/// Run a command with limited memory.
+/// Run a command with limited memory, and `input` through a pipe.
 #[track_caller]
 fn run_with(limit: u64, args: &[String], input: Option<&Path>) -> Came {
     let before = Instant::now();
-    let stdin = match input {
-        Some(path) => Stdio::from(fs::File::open(path).unwrap()),
+    let mut feeder = input.map(|path| {
+        let cat = Command::new("cat").arg(path).stdout(Stdio::piped()).spawn();
+        cat.unwrap()
+    });
+    let stdin = match &mut feeder {
+        Some(cat) => Stdio::from(cat.stdout.take().unwrap()),
         None => Stdio::null(),
     };
     let out = Command::new("sh")
@@ -184,6 +189,10 @@ fn run_with(limit: u64, args: &[String], input: Option<&Path>) -> Came {
         .unwrap()
         .wait_with_output()
         .unwrap();
+    if let Some(mut cat) = feeder {
+        // It may end before everything is read.
+        cat.wait().unwrap();
+    }
     assert!(before.elapsed() < LATE, "{args:?}");
     Came {
         code: out.status.code().filter(|_| out.status.signal().is_none()),
