@@ -4,6 +4,20 @@
 //! A [`Host`] opens domains; a [`Domain`] plays every role. Frames are [`Gfn`]s throughout: the pfn
 //! of an HVM guest, the mfn of a PV guest. Only [`LogDirty`] reports [`Pfn`]s, for either kind.
 //!
+//! | trait | what it is for |
+//! |---|---|
+//! | [`Host`] | the machine: its version, its domains, a new one |
+//! | [`DomainControl`] | a domain's life: pause, suspend, resume, destroy |
+//! | [`GuestMemory`] | its frames: types, mapping, populating, releasing |
+//! | [`LogDirty`] | the pages that a running guest writes |
+//! | [`X86Platform`] | CPU policy, TSC, grants of the rings |
+//! | [`PvGuest`], [`HvmGuest`] | what only one kind of guest has |
+//! | [`DomainStore`](domain_store::DomainStore) | what a toolstack keeps: name, configuration, lock |
+//!
+//! [`XenHost`] implements them on a real Xen. With the feature `mock`, `mock::MockHost` is a machine
+//! with real memory that runs anywhere; the examples of the traits use it. With the feature
+//! `contract`, `contract` checks any other implementation.
+//!
 //! Every call may also fail with EPERM (not privileged), ESRCH (the domain is gone) and, over a
 //! restricted handle, EACCES; these are not repeated below.
 
@@ -16,6 +30,7 @@ pub mod error;
 mod log_dirty;
 #[cfg(feature = "mock")]
 pub mod mock;
+mod new_domain;
 #[allow(unsafe_code, reason = "one of the rooms for it: mapped foreign pages")]
 pub mod pages;
 #[allow(
@@ -36,6 +51,7 @@ use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, PageType, Pfn};
 
 pub use error::{BackendError, Detail, MapError, PolicyEntry};
 pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
+pub use new_domain::{DomainSettings, NewDomain};
 pub use nix::errno::Errno;
 pub use pages::{Access, ForeignPage, ForeignPages, Gather, Unwritten, WriteCall};
 pub use uuid::{BadUuid, Uuid};
@@ -244,119 +260,23 @@ impl M2p {
     }
 }
 
-/// A domain that [`Host::create`] can create.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct NewDomain {
-    /// PV, HVM or PVH.
-    pub kind: GuestKind,
-    /// The most vcpus that it can have.
-    pub vcpus: u32,
-    /// The most pages that it may have.
-    pub max_pages: u64,
-    /// Its UUID; [`Uuid::NIL`] for none.
-    pub uuid: Uuid,
-    /// Its limits and settings.
-    pub settings: DomainSettings,
-}
-
-/// Settings that a toolstack makes before a domain first runs, and that an image's libxc stream
-/// does not hold. The default is libxl's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "mock", derive(Serialize, Deserialize))]
-#[non_exhaustive]
-pub struct DomainSettings {
-    /// The largest event channel number.
-    pub max_event_port: u32,
-    /// Frames of its grant table; if `None`, as many as the hypervisor allows.
-    pub max_grant_frames: Option<u32>,
-    /// Frames of its maptrack table (grants that it has mapped); `None` likewise.
-    pub max_maptrack_frames: Option<u32>,
-    /// The largest grant table version that it may use; if `None`, the largest that the hypervisor
-    /// has.
-    pub max_grant_version: Option<u8>,
-    /// Its security label (FLASK), as a number; 0 for the default.
-    pub ssidref: u32,
-    /// Reading an MSR that Xen does not know gives zero instead of a fault. Xen 4.14 always does
-    /// so.
-    pub msr_relaxed: bool,
-    /// Translated guests: memory for the tables that Xen keeps for them, in KiB; if `None`, the
-    /// amount that libxl calculates.
-    pub paging_kib: Option<u64>,
-    /// The CPU pool that it runs in.
-    pub cpupool: u32,
-    /// Translated guests: how Xen treats timer ticks that the guest misses
-    /// (`HVM_PARAM_TIMER_MODE`).
-    pub timer_mode: u8,
-    /// The offset of its wall clock from the host's, in seconds.
-    pub time_offset_seconds: i64,
-}
-
-impl DomainSettings {
-    /// Missed ticks are dropped (`HVMPTM_no_delay_for_missed_ticks`).
-    pub const NO_DELAY_FOR_MISSED_TICKS: u8 = 1;
-
-    /// libxl's defaults.
-    pub const DEFAULT: Self = Self {
-        max_event_port: 1023,
-        max_grant_frames: None,
-        max_maptrack_frames: None,
-        max_grant_version: None,
-        ssidref: 0,
-        msr_relaxed: false,
-        paging_kib: None,
-        cpupool: 0,
-        timer_mode: Self::NO_DELAY_FOR_MISSED_TICKS,
-        time_offset_seconds: 0,
-    };
-}
-
-impl Default for DomainSettings {
-    fn default() -> Self {
-        Self::DEFAULT
-    }
-}
-
-impl NewDomain {
-    /// A domain with default settings and without a UUID.
-    pub const fn new(kind: GuestKind, vcpus: u32, max_pages: u64) -> Self {
-        Self {
-            kind,
-            vcpus,
-            max_pages,
-            uuid: Uuid::NIL,
-            settings: DomainSettings::DEFAULT,
-        }
-    }
-
-    /// The same, with this UUID.
-    pub const fn uuid(mut self, uuid: Uuid) -> Self {
-        self.uuid = uuid;
-        self
-    }
-
-    /// The same, with these settings.
-    #[must_use]
-    pub fn settings(mut self, settings: DomainSettings) -> Self {
-        self.settings = settings;
-        self
-    }
-
-    /// EINVAL if no domain of this kind can have this many vcpus.
-    pub(crate) fn check_vcpus(&self, op: &'static str) -> Result<(), BackendError> {
-        let most = self.kind.max_vcpus();
-        match (1..=most).contains(&self.vcpus) {
-            true => Ok(()),
-            false => Err(BackendError::host(op, Errno::EINVAL).explained(format!(
-                "{} vcpus: a {} domain has between 1 and {most}",
-                self.vcpus,
-                self.kind.name()
-            ))),
-        }
-    }
-}
-
 /// The machine as a whole.
+/// ```
+/// use xsr_xen_backend::mock::{HostConfig, MockHost};
+/// use xsr_xen_backend::{GuestKind, Host, NewDomain};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let host = MockHost::ephemeral(&HostConfig::default())?;
+/// let new = NewDomain::new(GuestKind::Pvh, 2, 2048);
+/// let domid = host.create(&new)?;
+/// let found = host.domains()?;
+/// assert_eq!(found[0].domid, domid);
+/// assert!(found[0].paused, "until its toolstack lets it run");
+/// host.domain(domid)?.destroy()?;
+/// assert!(host.domain(domid).is_err(), "ESRCH");
+/// # Ok(())
+/// # }
+/// ```
 pub trait Host: Send + Sync {
     /// The hypervisor's version.
     fn xen_version(&self) -> Result<XenVersion, BackendError>;
@@ -394,6 +314,21 @@ pub trait Host: Send + Sync {
 }
 
 /// A domain's life cycle.
+/// ```
+/// use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+/// use xsr_xen_backend::{DomainControl, GuestKind, Host, ShutdownReason};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let host = MockHost::ephemeral(&HostConfig::default())?;
+/// # let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8))?;
+/// # let domain = host.domain(domid)?;
+/// domain.suspend()?;
+/// assert_eq!(domain.info()?.shutdown, Some(ShutdownReason::Suspend));
+/// domain.resume()?;
+/// assert_eq!(domain.info()?.shutdown, None);
+/// # Ok(())
+/// # }
+/// ```
 pub trait DomainControl: Send + Sync {
     /// The version of the hypervisor that the domain runs on.
     fn xen_version(&self) -> Result<XenVersion, BackendError>;
@@ -430,6 +365,27 @@ pub trait DomainControl: Send + Sync {
 }
 
 /// A domain's memory.
+/// ```
+/// use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+/// use xsr_xen_backend::{Access, GuestKind, GuestMemory, Host};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let host = MockHost::ephemeral(&HostConfig::default())?;
+/// # let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8))?;
+/// # let domain = host.domain(domid)?;
+/// use xsr_format::frame::Gfn;
+///
+/// let frames = [Gfn(1), Gfn(0xfff_ffff)];
+/// let pages = domain.map(&frames, Access::Read)?;
+/// // The call succeeds although one frame does not exist. A caller that needs them all asks for
+/// // `all_mapped`, which returns the first error.
+/// assert_eq!(pages.failed()[0].gfn, frames[1]);
+/// let page = pages.page(0).expect("frame 1 is mapped");
+/// let contents = page.to_page();
+/// assert_eq!(contents.as_slice().len(), 4096);
+/// # Ok(())
+/// # }
+/// ```
 pub trait GuestMemory: Send + Sync {
     /// The largest gfn ever populated for the domain (`XENMEM_maximum_gpfn`); `None` before the
     /// first.
@@ -490,6 +446,23 @@ pub trait GuestMemory: Send + Sync {
 }
 
 /// Calls that PV and translated guests on x86 have in common.
+/// ```
+/// use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+/// use xsr_xen_backend::{GuestKind, Host, X86Platform};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let host = MockHost::ephemeral(&HostConfig::default())?;
+/// # let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8))?;
+/// # let domain = host.domain(domid)?;
+/// let policy = domain.cpu_policy()?;
+/// assert_eq!(policy.leaves.len() % 24, 0);
+/// let largest = domain.max_cpu_policy()?;
+/// assert!(largest.leaves.len() >= policy.leaves.len());
+/// let tsc = domain.tsc_info()?;
+/// domain.set_tsc_info(&tsc)?;
+/// # Ok(())
+/// # }
+/// ```
 pub trait X86Platform: Send + Sync {
     /// The CPU policy (`XEN_DOMCTL_get_cpu_policy`).
     fn cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
@@ -524,6 +497,22 @@ pub trait X86Platform: Send + Sync {
 
 /// Calls for PV guests only. On a translated guest every call fails with EINVAL, except those for
 /// the width, which fail with EOPNOTSUPP.
+/// ```
+/// use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+/// use xsr_xen_backend::{GuestKind, Host, PvGuest, VcpuBlob};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let host = MockHost::ephemeral(&HostConfig::default())?;
+/// # let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Pv, 8))?;
+/// # let domain = host.domain(domid)?;
+/// assert_eq!(domain.guest_width()?, 8);
+/// let basic = domain.vcpu_state(0, VcpuBlob::Basic)?;
+/// assert_eq!(basic.len(), 0x1430);
+/// let m2p = domain.m2p()?;
+/// assert!(m2p.pfn(m2p.max_mfn()).is_some());
+/// # Ok(())
+/// # }
+/// ```
 pub trait PvGuest: Send + Sync {
     /// Bytes in the guest's word: 8 or 4 (`XEN_DOMCTL_get_address_size`, in bytes).
     fn guest_width(&self) -> Result<u8, BackendError>;
@@ -553,6 +542,25 @@ pub trait PvGuest: Send + Sync {
 }
 
 /// Calls for translated guests only. On a PV guest every call fails with EINVAL.
+/// ```
+/// use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+/// use xsr_xen_backend::{GuestKind, Host, HvmGuest};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let host = MockHost::ephemeral(&HostConfig::default())?;
+/// # let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Hvm, 8))?;
+/// # let domain = host.domain(domid)?;
+/// /// `HVM_PARAM_STORE_PFN`, the frame of the xenstore ring.
+/// const STORE_PFN: u32 = 1;
+///
+/// let ring = domain.hvm_param(STORE_PFN)?;
+/// assert_ne!(ring, 0);
+/// // A context begins with its header: type 1, instance 0.
+/// let context = domain.hvm_context()?;
+/// assert_eq!(context[..4], [1, 0, 0, 0]);
+/// # Ok(())
+/// # }
+/// ```
 pub trait HvmGuest: Send + Sync {
     /// The HVM context: Xen's own list of {u16 type, u16 instance, u32 length, body}
     /// (`XEN_DOMCTL_gethvmcontext`).
@@ -571,6 +579,25 @@ pub trait HvmGuest: Send + Sync {
 }
 
 /// A handle on one domain, in every role.
+/// ```
+/// use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+/// use xsr_xen_backend::{Domain, GuestKind, Host};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let host = MockHost::ephemeral(&HostConfig::default())?;
+/// # let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8))?;
+/// # let domain = host.domain(domid)?;
+/// /// Works with any hypervisor.
+/// fn describe(domain: &dyn Domain) -> Result<String, xsr_xen_backend::BackendError> {
+///     let info = domain.info()?;
+///     let last = domain.maximum_gfn()?;
+///     Ok(format!("{}: {} pages up to {last:?}", info.domid, info.tot_pages))
+/// }
+///
+/// assert!(describe(&*domain)?.starts_with("domain 1: "));
+/// # Ok(())
+/// # }
+/// ```
 pub trait Domain:
     DomainControl + GuestMemory + LogDirty + X86Platform + PvGuest + HvmGuest
 {

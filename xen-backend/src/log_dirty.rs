@@ -179,6 +179,25 @@ pub struct DirtyStats {
 }
 
 /// The pages that a guest writes. Pages that the toolstack writes are not reported.
+/// ```
+/// use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+/// use xsr_xen_backend::{DirtyBitmap, DirtyRead, GuestKind, Host, LogDirty};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let host = MockHost::ephemeral(&HostConfig::default())?;
+/// # let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8))?;
+/// # let domain = host.domain(domid)?;
+/// let last = domain.maximum_gfn()?.expect("it has memory");
+/// let mut written = DirtyBitmap::new(last.0 + 1);
+/// domain.enable_log_dirty()?;
+/// // … the guest runs …
+/// let stats = domain.read_dirty(DirtyRead::Clean, &mut written)?;
+/// println!("{} pages, {} of them for the first time", written.count(), stats.dirty_count);
+/// domain.disable_log_dirty()?;
+/// assert!(domain.read_dirty(DirtyRead::Peek, &mut written).is_err(), "the log is off");
+/// # Ok(())
+/// # }
+/// ```
 pub trait LogDirty: Send + Sync {
     /// Enable the log, empty at first (`XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY`). EINVAL if it is
     /// already on: something else, such as VRAM tracking, holds it; [`LogDirty::disable_log_dirty`]
