@@ -108,11 +108,11 @@
 //!
 //! # Under an async runtime
 //!
-//! The readers are synchronous, and they stay so: an image of gigabytes is read by one thread that
-//! mostly waits, and the hypervisor's calls, between which it is read, block as well. Run a reader
-//! on a thread of its own, for tokio with `spawn_blocking`, and give it the blocking form of the
-//! socket (`into_std`, then `set_nonblocking(false)`). All types are `Send` if their source is, and
-//! none holds a lock.
+//! The readers and writers are synchronous. One thread reads an image from start to end, and the
+//! hypervisor calls of a restorer block that thread as well, so an async interface would gain
+//! nothing. Run a reader on a thread of its own: under tokio, with `spawn_blocking`. Give it the
+//! blocking form of the socket (`into_std`, then `set_nonblocking(false)`). All types are `Send` if
+//! their source is, and hold no locks.
 
 #![forbid(unsafe_code)]
 #![deny(

@@ -45,12 +45,11 @@ Examples:
   cargo xtask lab run pvh                     all scenarios of one guest
   cargo xtask lab run --suite trixie stock    one kind of scenario, on another Xen
   cargo xtask lab run two_xsr --to trixie     between two hosts, from 4.17 to 4.20
-  cargo xtask lab matrix --dry-run            what has to run again, and for how long
-  cargo xtask lab matrix                      run it, on every Xen; docs/interop.md
-  cargo xtask lab list                        what there is
+  cargo xtask lab matrix --dry-run            list what has to run again, and how long it takes
+  cargo xtask lab matrix                      run that on each Xen, and update docs/interop.md
+  cargo xtask lab list                        list the scenarios
 
-The lab needs some packages of Debian or what other systems call them; `lab build` says
-which are missing.")]
+The lab needs some programs that Debian packages; `lab build` lists the missing ones.")]
 pub(crate) struct LabArgs {
     #[command(subcommand)]
     task: LabTask,
@@ -62,10 +61,10 @@ enum LabTask {
     Build(BuildArgs),
     /// Run scenarios in the lab, building it first if necessary
     Run(RunArgs),
-    /// Run what of the matrix is missing, failed or stale; write docs/interop.md
+    /// Run each combination without a current good result; write docs/interop.md
     ///
-    /// A result is stale once the code that the scenario runs has changed. A run that was
-    /// interrupted is resumed by running the command again.
+    /// A result is no longer current if the code that the scenario runs has changed. To resume an
+    /// interrupted run, run the command again.
     Matrix(MatrixArgs),
     /// Merge the last run of each scenario into docs/interop.json; write docs/interop.md
     Report,
@@ -79,10 +78,10 @@ struct MatrixArgs {
     /// Debian suites, the oldest Xen first
     #[arg(long = "suite", value_name = "SUITE", default_values = ["bookworm", "trixie"])]
     suites: Vec<String>,
-    /// Also run what has a good result of today's code
+    /// Also run combinations with a current good result
     #[arg(long)]
     all: bool,
-    /// Only print what would run, and how long that takes
+    /// Only print what would run, and how long it would take
     #[arg(long)]
     dry_run: bool,
     /// Kinds, guests, or KIND/GUEST; all if omitted

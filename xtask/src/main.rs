@@ -41,11 +41,11 @@ use crate::stages::Stages;
     after_help = "\
 Examples:
   cargo xtask test                             all tests
-  cargo xtask lint                             what a change has to pass first
+  cargo xtask lint                             formatting, clippy and the project's own rules
   cargo xtask fuzz libxc_reader --seconds 60   fuzz one parser for a minute
-  cargo xtask bench                            throughput beside cat, as in docs/performance.md
+  cargo xtask bench                            throughput compared with cat, as in docs/performance.md
   cargo xtask lab run                          save and restore on a real Xen, under qemu
-  cargo xtask ci                               everything, as continuous integration does"
+  cargo xtask ci                               everything that continuous integration runs"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -61,12 +61,13 @@ enum Task {
     #[command(after_help = "\
 Examples:
   cargo xtask lint
-  cargo fmt          mends what the formatting stage complains of")]
+  cargo fmt          fix the formatting")]
     Lint,
-    /// Check the project's rules that the compiler does not know
+    /// Check the project's own rules
     ///
-    /// Purpose lines, places with unsafe code, file lengths, the code map, paths and hosts of a
-    /// single machine, and allowed dependencies between packages.
+    /// The first line of each file, where unsafe code may be, file lengths, the code map in
+    /// ARCHITECTURE.md, paths and host names of a particular machine, and which package may depend
+    /// on which.
     #[command(after_help = "\
 Example:
   cargo xtask tidy")]
@@ -83,7 +84,7 @@ Example:
     #[command(after_help = "\
 Examples:
   cargo xtask doc
-  cargo doc --open --no-deps    to read it")]
+  cargo doc --open --no-deps    open it in a browser")]
     Doc,
     Fuzz(fuzz::FuzzArgs),
     Bench(bench::BenchArgs),

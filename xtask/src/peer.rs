@@ -28,17 +28,17 @@ fn directory() -> PathBuf {
     workspace::root().join("target/peer")
 }
 
-/// Compare with Xen's own engine, without Xen
+/// Compare our engine with Xen's, on mock machines
 ///
-/// Runs Debian's unmodified libxl-save-helper and ours on equal mock machines. Its packages are
+/// Runs Debian's unmodified libxl-save-helper and ours on equal mock machines; no Xen is needed. Its packages are
 /// downloaded and unpacked below target/peer-engine; nothing is installed.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example:
-  cargo xtask peer test      the same bytes, the same machines?
-  cargo xtask peer bench     how fast? 1 GiB domains, 7 pairs: some ten minutes
+  cargo xtask peer test      compare the bytes, and the restored machines
+  cargo xtask peer bench     compare the speed: 1 GiB domains, 7 pairs, about ten minutes
   cargo xtask peer bench --kind pv --kind hvm --memory 4096 --pairs 3
-  cargo xtask peer bench --downtime    live migrations, at three dirty rates
+  cargo xtask peer bench --downtime    live migrations at three dirty rates
   cargo xtask peer bench --plot docs/peer.svg")]
 pub(crate) struct PeerArgs {
     #[command(subcommand)]
@@ -47,11 +47,11 @@ pub(crate) struct PeerArgs {
 
 #[derive(Debug, clap::Subcommand)]
 enum PeerTask {
-    /// Save and restore every type of guest with both, and compare the results
+    /// Save and restore each type of guest with both engines, and compare the results
     Test,
     /// Time saves and restores of both, in pairs
     ///
-    /// In each round every contender does the same once, in turn: Xen's helper, ours with one
+    /// Each round runs all contenders once, in turn: Xen's helper, ours with one
     /// thread and with two, and cat with the same bytes, which is the limit. Prints tables in
     /// Markdown with medians and ranges; docs/performance.md explains them.
     Bench(bench::BenchArgs),

@@ -31,7 +31,8 @@ pub(crate) fn syslog() -> Option<PathBuf> {
     env::var_os(RUN).map(|run| Path::new(&run).join("log"))
 }
 
-/// Writes to the file `left` whatever the program has left on, so that a test sees it.
+/// On exit, writes to the file `left` which dirty logs and mappings the program has not released,
+/// for a test to check.
 impl Drop for Mock {
     fn drop(&mut self) {
         let logging = Host::domains(&self.machine).unwrap_or_default();
@@ -56,7 +57,7 @@ fn run_dir() -> PathBuf {
 ///
 /// # Errors
 ///
-/// The environment names none, or the machine cannot be opened.
+/// The variable is not set or has another form, or the machine cannot be opened.
 pub(crate) fn open() -> Result<Box<dyn Backend>> {
     let name = env::var(VARIABLE).context(VARIABLE)?;
     let (how, dir) = name.split_once(':').unwrap_or_default();
@@ -96,7 +97,7 @@ impl Backend for Mock {
         run_dir().join(format!("qmp-libxl-{}", domid.0))
     }
 
-    /// Long only in the test of a guest that suspends late.
+    /// Zero, except in the test of a guest that suspends late.
     fn late_suspend(&self) -> Duration {
         match run_dir().join("late").exists() {
             true => Duration::from_secs(60),

@@ -1,8 +1,8 @@
-//! Signals that stop the save helper. libxl sends SIGTERM. A save is then cancelled in good order,
-//! with its dirty log turned off. A restore just ends, because libxl destroys the domain.
+//! Signals that stop the save helper. libxl sends SIGTERM. A save is then cancelled, and its
+//! dirty log turned off. A restore just ends, because libxl destroys the domain.
 //!
 //! Every other signal that would end a save ([`EndingSignals`]: SIGINT when the user interrupts xl,
-//! SIGHUP when the terminal goes) does the same, so that no dirty log stays on after xl is gone. A
+//! SIGHUP when the terminal is closed) does the same, so that no dirty log stays on after xl is gone. A
 //! second signal changes nothing: if the helper ended at once, libxl would be left with the guest
 //! as it is. A signal that was ignored when the helper began (`nohup xl save`) stays ignored,
 //! except SIGTERM, which is libxl's.
@@ -24,7 +24,7 @@ use crate::FAILED;
 pub(crate) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {
     let ending = EndingSignals::of_process()?;
     let mut signals = ending.set();
-    // A blocked signal arrives even if it is ignored.
+    // Waiting for blocked signals also returns an ignored one.
     signals.add(Signal::SIGTERM);
     let cancel = cancel.clone();
     on_signal(&signals, move |signal| {

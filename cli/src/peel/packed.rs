@@ -29,13 +29,13 @@ impl Progress {
         self.ran_out.load(Ordering::Relaxed)
     }
 
-    /// Whether the source failed, for which its contents are not to blame.
+    /// Whether reading the source failed. Its contents are not to blame then.
     pub(super) fn failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed)
     }
 }
 
-/// Compressed bytes.
+/// Buffered compressed bytes.
 pub(super) struct Packed {
     source: Source,
     progress: Arc<Progress>,
@@ -63,7 +63,7 @@ impl Packed {
         Ok(&self.room[self.from..self.to])
     }
 
-    /// Read more into the buffer. Returns whether there was any.
+    /// Read more into the buffer. Returns `false` at the end of the source.
     fn more(&mut self) -> io::Result<bool> {
         self.room.copy_within(self.from..self.to, 0);
         self.to -= self.from;
@@ -86,7 +86,7 @@ impl Packed {
         }
     }
 
-    /// Skip `count` bytes. Returns whether there were as many.
+    /// Skip `count` bytes. Returns `false` if the source ends before.
     pub(super) fn skip(&mut self, count: u64) -> io::Result<bool> {
         Ok(io::copy(&mut self.by_ref().take(count), &mut io::sink())? == count)
     }

@@ -1,7 +1,7 @@
 //! Receiving a migration: combines a connection, the messages and the state machine of the
 //! receiver.
 //!
-//! The caller brings the host, as an [`Arriving`]; [`ReceiveRequest::run`] does the rest. See
+//! The caller implements [`Arriving`] for its host; [`ReceiveRequest::run`] does the rest. See
 //! [`super`] for an example.
 //!
 //! C implementation: `tools/xl/xl_migrate.c:migrate_receive`.
@@ -17,7 +17,7 @@ use super::messages::{Message, MessageError, Status};
 use super::observe::{Event, Step};
 use super::ownership::plain::{Receiver, ReceiverAction, ReceiverEnd, ReceiverEvent};
 
-/// A domain that will arrive, from its toolstack's view.
+/// The toolstack's part of receiving a domain: creates, names, runs or destroys it.
 pub trait Arriving {
     /// Creates a domain, paused and under another name, and reads the image into it, to its last
     /// byte and no further.
@@ -52,7 +52,7 @@ pub trait Arriving {
 /// How to receive a domain.
 #[derive(Debug)]
 pub struct ReceiveRequest<'a> {
-    /// Its answer is also how long the sender may send nothing of the image.
+    /// The time limit for answers also limits a pause of the sender inside the image.
     common: Common<'a>,
     go: Duration,
 }
@@ -64,8 +64,8 @@ impl Default for ReceiveRequest<'_> {
 }
 
 impl<'a> ReceiveRequest<'a> {
-    /// A request with ten minutes for a sender that sends nothing, and two for its "go". Both are
-    /// longer than a sender waits, so that the sender is the one that gives up.
+    /// A request that gives up after ten minutes without a byte of the image, or two minutes
+    /// without "go". Senders wait for less, so the sender gives up first.
     pub const fn new() -> Self {
         Self {
             common: Common::new(Duration::from_secs(600)),

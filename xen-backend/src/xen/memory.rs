@@ -15,19 +15,19 @@ use crate::pages::{Access, ForeignPages};
 use crate::privcmd::FrameMapping;
 use crate::{DomainControl, GuestMemory};
 
-/// The most frames of one `getpageframeinfo3`.
+/// Maximum number of frames in one `getpageframeinfo3`.
 const MAX_TYPE_BATCH: usize = 1024;
 
-/// The number of times that the most frequent call is repeated if a buffer cannot be reached:
-/// memory that is only locked may be migrating (C: `do_domctl_retry_efault`).
+/// How often `getpageframeinfo3`, the most frequent call, is repeated after EFAULT: the kernel may
+/// be migrating a buffer that is locked, but not pinned (C: `do_domctl_retry_efault`).
 const FAULTS: u32 = 2;
 
-/// Extents in one call of the memory operations; bounds the work of a call and the size of the
-/// buffer.
+/// Maximum number of extents in one memory operation. Limits the duration of the call and the size
+/// of its buffer.
 const EXTENTS: usize = 1 << 16;
 
-/// How long to wait before retrying frames that are paged out: at first, at most, and in total. A
-/// pager that has not answered by then will not.
+/// How long to wait between two attempts to map frames that are paged out: at first, at most, and
+/// in total. After that, the pager is treated as dead.
 const FIRST_WAIT: Duration = Duration::from_micros(100);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -75,8 +75,8 @@ pub(super) fn map(
 }
 
 impl XenDomain {
-    /// A memory operation on frames in chunks. Returns for how many extents, counted from the
-    /// first, it was done; each of these is replaced by the result.
+    /// A memory operation on frames, in chunks. Returns the number of extents, from the first on,
+    /// for which it succeeded, and replaces each of these by Xen's result.
     fn reserve(&self, op: u32, order: u8, frames: &mut [Gfn]) -> Result<usize, Errno> {
         let mut done = 0;
         for chunk in frames.chunks_mut(EXTENTS) {

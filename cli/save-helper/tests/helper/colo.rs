@@ -1,6 +1,6 @@
-//! The save helper under COLO, both sides at once, with the test in the place of both libxls. These
-//! share the stream with the helpers, and also its other direction, on which the secondary reports
-//! its progress (`libxl_colo_save.c`, `libxl_colo_restore.c`).
+//! Tests of the save helper under COLO. The helpers of both hosts run, and the test plays the two
+//! libxls. Each libxl shares the stream with its helper, including the reverse direction, on which
+//! the secondary reports its progress (`libxl_colo_save.c`, `libxl_colo_restore.c`).
 
 use std::io;
 
@@ -36,14 +36,14 @@ fn expect(mut from: impl Read, id: u8) {
     assert_eq!(record, state(id));
 }
 
-/// A named pipe, both of whose ends are open here.
+/// A named pipe that the test keeps open at both ends.
 fn named_pipe(path: &Path) -> File {
     nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     File::options().read(true).write(true).open(path).unwrap()
 }
 
-/// Two hosts, one with a domain to protect, one with a domain to be its secondary, whose workloads
-/// differ; and the helpers' arguments.
+/// The arguments of the two helpers, with the host and the domain of each: the primary's and the
+/// secondary's. The workloads of the two domains differ.
 fn both(dir: &Path, kind: GuestKind) -> [(PathBuf, DomId, String); 2] {
     let works = |host: &MockHost, domid: DomId, seed: u64| {
         let spec = serde_json::to_vec(&WorkloadSpec::writes(seed, 1, 300)).unwrap();
@@ -226,7 +226,7 @@ fn colo_asks_in_libxls_order_and_each_checkpoint_makes_the_secondary_the_primary
                 assert_eq!(state(&there, secondary.1).0, asleep);
             }
             Last::Waiting => {
-                // Both have run on, in different ways.
+                // Both have run since, with different workloads.
                 assert!(differ.len() > 20, "{}", differ.len());
                 assert_eq!(state(&here, primary.1), (None, false));
                 assert_eq!(state(&there, secondary.1), (None, false));
@@ -237,7 +237,7 @@ fn colo_asks_in_libxls_order_and_each_checkpoint_makes_the_secondary_the_primary
 }
 
 #[test]
-fn what_a_libxl_answers_in_a_turn_of_colo_decides() {
+fn the_answer_of_libxl_decides_whether_protection_goes_on() {
     // A secondary: 0 means failure, 2 that the primary is gone, which only a guest that has had a
     // checkpoint survives.
     let dir = scratch();

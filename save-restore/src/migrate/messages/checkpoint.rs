@@ -56,8 +56,8 @@ impl Withdrawal {
     }
 
     /// Whether a libxl record of this type, at the end of a checkpoint, is a withdrawal. If the
-    /// sender broke a checkpoint off just after another one, a CHECKPOINT of the libxc layer is
-    /// read there.
+    /// sender aborts a checkpoint just after another one, a CHECKPOINT of the libxc layer comes
+    /// instead.
     pub const fn is_libxl_record(kind: u32) -> bool {
         kind == Self::UNKNOWN || kind == RecordKind::CHECKPOINT.0
     }

@@ -1,5 +1,5 @@
-//! Tests of the order of records in a libxl stream. As the review asked, only real dependencies are
-//! enforced, and every permitted order is accepted.
+//! Tests of the order of records in a libxl stream: only real dependencies are enforced, and each
+//! other order is accepted.
 
 #![allow(
     clippy::unwrap_used,
