@@ -166,11 +166,17 @@ fn unfinished(file: &File, length: u64, lenient: bool) -> Option<LayoutError> {
 pub(crate) struct Compared<'m> {
     mapped: &'m Mapped,
     next: usize,
+    /// Where the last record of the libxc stream ends.
+    stream_end: u64,
 }
 
 impl<'m> Compared<'m> {
     pub(crate) fn new(mapped: &'m Mapped) -> Self {
-        Self { mapped, next: 0 }
+        Self {
+            mapped,
+            next: 0,
+            stream_end: 0,
+        }
     }
 
     /// Called for each PAGE_DATA record.
@@ -204,6 +210,11 @@ impl<'m> Compared<'m> {
         Ok(())
     }
 
+    /// Called for each record of the libxc stream that is not PAGE_DATA.
+    pub(crate) fn record(&mut self, at: At) {
+        self.stream_end = (at.offset + 8).saturating_add(at.length.next_multiple_of(8));
+    }
+
     /// Called at the end of the image.
     ///
     /// # Errors
@@ -211,6 +222,11 @@ impl<'m> Compared<'m> {
     /// The index has another end, or more records.
     pub(crate) fn end(&self, bytes: u64) -> Result<(), BadImage> {
         let footer = self.mapped.footer();
+        let bytes = match footer.room {
+            None => bytes,
+            // libxl's records follow.
+            Some(_) => self.stream_end,
+        };
         if self.next != self.mapped.entries().len() {
             return Err(self.missing());
         }

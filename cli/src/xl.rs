@@ -28,6 +28,7 @@ use clap::CommandFactory as _;
 use self::setting::Setting;
 use self::words::Words;
 use crate::args::{Backend, Cli, VARIABLE as BACKEND_VARIABLE};
+use crate::cmd::save::PAGE_DIGESTS_NEED_MAPPED;
 use crate::exit::{BadUsage, Code};
 
 /// The commands that xl also has.
@@ -57,6 +58,8 @@ struct Call {
     force: bool,
     /// `--live` was given for a save.
     live: bool,
+    /// `--page-digests` was given for a save.
+    page_digests: bool,
     /// For a command that works on a domain: the positions of the domain and of a save's file.
     words: Option<Words>,
     /// Additional verbosity on stderr.
@@ -112,6 +115,7 @@ impl Xl {
             restores,
             force,
             live,
+            page_digests,
             words,
             ..
         } = self.0;
@@ -133,6 +137,10 @@ impl Xl {
         if saves && !live && settings.iter().any(Setting::is_for_live) {
             return Err(Error::new(BadUsage(crate::cmd::save::FOR_LIVE.to_owned())));
         }
+        let mapped = settings.iter().any(Setting::is_mapped);
+        if page_digests && !mapped {
+            return Err(Error::new(BadUsage(PAGE_DIGESTS_NEED_MAPPED.to_owned())));
+        }
         let xl = program("xl").context(
             "there is no `xl` on PATH: install Xen's tools (Debian: xen-utils-common), or give \
              --direct (save and restore without libxl; see --help)",
@@ -143,15 +151,19 @@ impl Xl {
             None => None,
         };
         let target = match &words {
-            Some(words) if words.command == "save" => save::Target::prepare(words, &mut arguments)?,
+            Some(words) if words.command == "save" => {
+                save::Target::prepare(words, &mut arguments, mapped)?
+            }
             _ => None,
         };
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
         let xl = [xl.into_os_string()].into_iter().chain(arguments);
         let plan = restores.then(|| setting::plan(force)).flatten();
-        let live = live.then(|| (setting::LIVE.0, setting::LIVE.1.into()));
+        let flags = [(live, setting::LIVE), (page_digests, setting::PAGE_DIGESTS)];
+        let flags = flags.into_iter().filter(|(given, _)| *given);
+        let flags = flags.map(|(_, (name, value))| (name, value.into()));
         let settings = settings.into_iter().map(Setting::variable);
-        let settings = settings.chain(plan).chain(live);
+        let settings = settings.chain(plan).chain(flags);
         let ended = child::run(xl, &helper, settings, restores, lock.as_ref());
         let succeeded = ended.as_ref().is_ok_and(|ended| ended.status.success());
         let code = match ended {
@@ -199,6 +211,7 @@ impl Call {
             restores: matches!(name, "restore" | "migrate-receive"),
             force: false,
             live: false,
+            page_digests: false,
             words: Words::of(name),
             verbose: 0,
             quiet: false,
@@ -247,6 +260,7 @@ impl Call {
                     }
                 }
                 "--live" if name == "save" && value.is_none() => call.live = true,
+                "--page-digests" if name == "save" && value.is_none() => call.page_digests = true,
                 "--force" if call.restores => call.force = true,
                 _ if call.message(argument) => {}
                 _ => match Setting::of(own, option) {

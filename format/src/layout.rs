@@ -1,5 +1,5 @@
 //! The mapped layout: page data at multiples of 4096 in the file, holes for zero pages, an index
-//! and digests behind the image.
+//! and digests after the image or in the xl header.
 //!
 //! Specification: `docs/mapped.md`. C implementation: none. To Xen's own readers such an image is
 //! an ordinary one: the padding is PAGE_DATA entries of type XTAB, and nothing looks behind END.
@@ -7,6 +7,7 @@
 pub mod check;
 pub mod find;
 pub mod index;
+mod room;
 pub mod write;
 
 use std::io;
@@ -16,6 +17,7 @@ use thiserror::Error;
 use crate::frame::{PAGE_SIZE, PageEntry, PageType, Pfn};
 
 pub use self::find::{Mapped, PagePlace};
+pub use self::room::Room;
 pub use self::write::{MappedWriter, SparseWrite};
 
 /// What page data is aligned to, in bytes.

@@ -11,18 +11,19 @@ use xsr_format::frame::{PageEntry, Pfn};
 use xsr_format::layout::check::check;
 use xsr_format::layout::index::{Footer, IndexEntry};
 use xsr_format::layout::{LayoutError, MAX_ENTRIES, MAX_REAL, Mapped};
+use xsr_format::wrapper::xl::XlHeader;
 
 /// Turns the last bytes into a footer with a matching digest, so that the checks after the digest
 /// are reached.
-fn seal(bytes: &mut [u8]) {
+fn seal(bytes: &mut [u8], place: u8) {
     let Some(at) = bytes.len().checked_sub(Footer::BYTES) else {
         return;
     };
     bytes[at..at + 8].copy_from_slice(b"XSRmapFt");
-    // Version 1, a flag or none, place 1, few blanks.
+    // Version 1, a flag or none, the place, few blanks.
     bytes[at + 8..at + 12].copy_from_slice(&[1, 0, 0, 0]);
     bytes[at + 12] &= 1;
-    bytes[at + 13..at + 20].copy_from_slice(&[0, 0, 0, 1, 0, 0, 0]);
+    bytes[at + 13..at + 20].copy_from_slice(&[0, 0, 0, place, 0, 0, 0]);
     bytes[at + 20] &= 7;
     bytes[at + 21..at + 24].fill(0);
     // As many entries as fit, directly before the footer.
@@ -32,7 +33,26 @@ fn seal(bytes: &mut [u8]) {
     let index = at - records * IndexEntry::BYTES;
     bytes[at + 32..at + 40].copy_from_slice(&(index as u64).to_le_bytes());
     let digest = blake3::hash(&bytes[index..at + 128]);
-    bytes[at + 128..].copy_from_slice(digest.as_bytes());
+    bytes[at + 128..at + 160].copy_from_slice(digest.as_bytes());
+}
+
+/// The same with index and footer in an xl header, of which these bytes are the end: a
+/// configuration of 4 bytes precedes them. A stream follows that has no records.
+fn seal_in_header(bytes: &[u8]) -> Vec<u8> {
+    let room = bytes.len() & !7;
+    let mut header = XlHeader::new("{ }").map_or(Vec::new(), |header| header.encode());
+    header.resize(56, 0);
+    header.extend_from_slice(&bytes[..room]);
+    let optional = u32::try_from(header.len() - 48).unwrap_or(0);
+    header[44..48].copy_from_slice(&optional.to_le_bytes());
+    let at = header.len().saturating_sub(Footer::BYTES);
+    if at > 56 {
+        let end = header.len() as u64 + 8;
+        header[at + 24..at + 32].copy_from_slice(&end.to_le_bytes());
+        seal(&mut header, 2);
+    }
+    header.extend([0; 8]);
+    header
 }
 
 fn read(bytes: &[u8]) {
@@ -48,7 +68,14 @@ fn read(bytes: &[u8]) {
         }
     };
     let footer = *mapped.footer();
-    assert!(footer.image_end < footer.index_offset && footer.index_offset < bytes.len() as u64);
+    match footer.room {
+        None => assert!(footer.image_end < footer.index_offset),
+        Some(room) => {
+            assert!(room.from <= footer.index_offset && footer.index_offset < room.to);
+            assert!(room.to <= footer.image_end && footer.image_end <= bytes.len() as u64);
+        }
+    }
+    assert!(footer.index_offset < bytes.len() as u64);
     let mut before = 0;
     for entry in mapped.entries() {
         assert!(before <= entry.offset && entry.end() + 8 <= footer.image_end);
@@ -78,6 +105,7 @@ fn read(bytes: &[u8]) {
 fuzz_target!(|bytes: &[u8]| {
     read(bytes);
     let mut sealed = bytes.to_vec();
-    seal(&mut sealed);
+    seal(&mut sealed, 1);
     read(&sealed);
+    read(&seal_in_header(bytes));
 });

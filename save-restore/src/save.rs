@@ -31,7 +31,7 @@ use crate::pipeline;
 use crate::progress::{OnProgress, Phase, Reporter};
 use crate::save::balloon::Balloon;
 use crate::save::batch::Batch;
-use crate::save::mapped::{MappedImage, Part};
+use crate::save::mapped::{Extent, MappedImage, Part};
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
 use crate::sink::PageSink;
@@ -190,6 +190,8 @@ struct Run<'r, 'p> {
     pool: Option<rayon::ThreadPool>,
     /// Bytes of memory that the domain has.
     memory: u64,
+    /// The most pages that it can have.
+    most_pages: u64,
     progress: Reporter<'r, 'p>,
     stats: SaveStats,
 }
@@ -215,6 +217,7 @@ impl<'r, 'p> Run<'r, 'p> {
             pool: pipeline::pool(threads, pipeline::IN_FLIGHT),
             progress: Reporter::new(progress),
             memory: info.tot_pages * PAGE_SIZE as u64,
+            most_pages: info.max_pages.max(info.tot_pages),
             stats: SaveStats::default(),
         }
     }
@@ -250,10 +253,19 @@ impl<'r> Run<'r, '_> {
     }
 
     /// Memory comes now. Pages may come again if it is `live`.
-    fn begin_memory(&self, live: bool) -> Result<(), SaveError> {
-        let memory = self.memory;
-        self.image
-            .map_or(Ok(()), |image| image.begin_memory(live, memory))
+    fn begin_memory(&self, live: bool, guest: &dyn GuestSave) -> Result<(), SaveError> {
+        match self.image {
+            Some(image) => image.begin_memory(&Extent {
+                live,
+                pages: self.memory / PAGE_SIZE as u64,
+                most_pages: match live {
+                    true => self.most_pages,
+                    false => self.memory / PAGE_SIZE as u64,
+                },
+                pfns: guest_pages(guest),
+            }),
+            None => Ok(()),
+        }
     }
 
     fn phases(
@@ -275,7 +287,7 @@ impl<'r> Run<'r, '_> {
                 if self.check_vm_state(guest, false)? {
                     guest.start_of_stream(&mut out)?;
                 }
-                self.begin_memory(false)?;
+                self.begin_memory(false, guest)?;
                 let all = (all_pages(guest), guest_pages(guest));
                 let notes = Notes {
                     hook: again(hook),

@@ -27,7 +27,11 @@ Environment:
   XSR_MAX_DOWNTIME  live: suspend the domain once the rest can be sent within this many
                     milliseconds
   XSR_TIMEOUT       live: begin no further pass over its memory after this many seconds
-  XSR_ON_TIMEOUT    what to do when XSR_TIMEOUT has passed: stop-copy (default) or cancel";
+  XSR_ON_TIMEOUT    what to do when XSR_TIMEOUT has passed: stop-copy (default) or cancel
+  XSR_LIVE          1: save while the domain runs, which `xl save` does not ask for
+  XSR_LAYOUT        of a save to a file by xl: stream (default) or mapped, with an index and digests
+                    in the xl header, so that each page is found without reading the rest
+  XSR_PAGE_DIGESTS  1: a mapped image also contains the digest of each page";
 
 /// A parsed command line.
 #[derive(Clone, Debug, PartialEq, Eq)]

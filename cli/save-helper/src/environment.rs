@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use xsr_save_restore::CpuCheck;
+use xsr_save_restore::save::mapped::MappedOptions;
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 
 /// The number of worker threads. Default: the number of processors.
@@ -20,6 +21,10 @@ const TIMEOUT: &str = "XSR_TIMEOUT";
 const ON_TIMEOUT: &str = "XSR_ON_TIMEOUT";
 /// Save while the domain runs although libxl does not ask for that (`xl save`): `1`.
 const LIVE: &str = "XSR_LIVE";
+/// Where page data lies in the file of a save: `stream` or `mapped` (docs/mapped.md).
+const LAYOUT: &str = "XSR_LAYOUT";
+/// Whether a mapped image contains the digest of each page: `1`.
+const PAGE_DIGESTS: &str = "XSR_PAGE_DIGESTS";
 
 /// What to do if the guest has seen CPU features that this host lacks: `warn` or `refuse`.
 const PLAN: &str = "XSR_PLAN";
@@ -59,12 +64,31 @@ pub(crate) fn cpu_check() -> Result<CpuCheck> {
     }
 }
 
-/// Whether to save a domain while it runs although libxl does not ask for that.
-pub(crate) fn live() -> Result<bool> {
-    match variable(LIVE)?.as_deref() {
+/// The value of a variable that is 0 or 1.
+fn flag(name: &'static str) -> Result<bool> {
+    match variable(name)?.as_deref() {
         None | Some("0") => Ok(false),
         Some("1") => Ok(true),
-        Some(other) => bail!("{LIVE} is {other:?}, expected 0 or 1"),
+        Some(other) => bail!("{name} is {other:?}, expected 0 or 1"),
+    }
+}
+
+/// Whether to save a domain while it runs although libxl does not ask for that.
+pub(crate) fn live() -> Result<bool> {
+    flag(LIVE)
+}
+
+/// How to write an image in the mapped layout; `None` for the stream layout.
+pub(crate) fn mapped() -> Result<Option<MappedOptions>> {
+    let page_digests = flag(PAGE_DIGESTS)?;
+    match variable(LAYOUT)?.as_deref() {
+        None | Some("stream") => Ok(None),
+        Some("mapped") => {
+            let mut options = MappedOptions::default();
+            options.page_digests = page_digests;
+            Ok(Some(options))
+        }
+        Some(other) => bail!("{LAYOUT} is {other:?}, expected stream or mapped"),
     }
 }
 

@@ -12,6 +12,7 @@ use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::back_channel::FdBackChannel;
 use xsr_save_restore::error::GuestError;
 use xsr_save_restore::inherited::inherited_stream;
+use xsr_save_restore::save::mapped::MappedOptions;
 use xsr_save_restore::save::{BUFFER_BYTES, Checkpoints};
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
@@ -23,6 +24,7 @@ use xsr_xen_backend::{BackendError, MapError};
 use crate::args::{Args, RestoreArgs, SaveArgs, StreamType};
 use crate::backend::Backend;
 use crate::environment;
+use crate::mapped::Target;
 use crate::progress::Steps;
 use crate::signals;
 use crate::toolstack::Libxl;
@@ -97,7 +99,9 @@ fn back_channel(what: &str, fd: i32) -> Result<OwnedFd> {
 
 fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
     let cancel = wire.cancel();
-    let mut sink = FdSink::cancellable(taken(args.io_fd)?, cancel.clone())?;
+    let stream = taken(args.io_fd)?;
+    let mut mapped = target(args, &stream)?;
+    let mut sink = FdSink::cancellable(stream, cancel.clone())?;
     let domain = backend.host().domain(args.domid)?;
     let domain = domain.as_ref();
     let kind = domain.info()?.kind;
@@ -158,16 +162,28 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
         tracing::info!("checkpoint {} was the last", stats.checkpoints);
         return Ok(());
     }
-    let saved = match is_live {
-        true => xsr_save_restore::SaveRequest::new(domain, xen)
-            .options(&options)
-            .live(live)
-            .observe(&mut on_progress)
-            .write_stream(&mut toolstack, &mut sink)?,
-        false => xsr_save_restore::SaveRequest::new(domain, xen)
-            .options(&options)
-            .observe(&mut on_progress)
-            .write_stream(&mut toolstack, &mut sink)?,
+    let mut request = xsr_save_restore::SaveRequest::new(domain, xen)
+        .options(&options)
+        .observe(&mut on_progress);
+    if is_live {
+        request = request.live(live);
+    }
+    let saved = match mapped.take() {
+        None => request.write_stream(&mut toolstack, &mut sink)?,
+        Some((target, how)) => {
+            let image = target.image(how)?;
+            let saved = request.write_mapped(&mut toolstack, &image)?;
+            let stats = image.finish(options.threads, &mut || cancel.check())?;
+            tracing::debug!(?stats, "mapped");
+            if !stats.has_index {
+                tracing::warn!(
+                    "the index of the mapped image outgrew its room in the xl header, and is \
+                     missing: read the image with --ignore-index"
+                );
+            }
+            target.end_at(stats.image_bytes)?;
+            saved
+        }
     };
     let stats = saved.stats();
     tracing::debug!(?stats, "saved");
@@ -175,6 +191,25 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
     saved.keep_suspended();
     steps.single("Complete");
     Ok(())
+}
+
+/// The file of a save in the mapped layout; `None` for the stream layout.
+fn target(args: &SaveArgs, stream: &OwnedFd) -> Result<Option<(Target, MappedOptions)>> {
+    let Some(options) = environment::mapped()? else {
+        return Ok(None);
+    };
+    let found = match (args.stream, args.debug) {
+        (StreamType::Plain, false) => Target::of(stream)?,
+        (StreamType::Plain, true) => Err("all memory is sent twice"),
+        _ => Err("checkpoints follow one another in it"),
+    };
+    Ok(match found {
+        Ok(target) => Some((target, options)),
+        Err(why) => {
+            tracing::warn!("XSR_LAYOUT=mapped: {why}, so it gets the stream layout");
+            None
+        }
+    })
 }
 
 fn restore(args: &RestoreArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {

@@ -20,6 +20,7 @@ mod backend;
 mod environment;
 mod job;
 mod log;
+mod mapped;
 #[cfg(feature = "test-backend")]
 mod mock;
 mod progress;

@@ -7,6 +7,8 @@
 mod colo;
 #[path = "../../tests/it/common/images.rs"]
 mod images;
+#[path = "helper/mapped.rs"]
+mod mapped;
 #[path = "../../tests/it/common/old_kernel.rs"]
 mod old_kernel;
 #[path = "helper/remus.rs"]

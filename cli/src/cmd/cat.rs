@@ -12,6 +12,7 @@ use xsr_format::byte_order::ByteOrder;
 use xsr_format::detect::Detected;
 use xsr_format::error::WriteError;
 use xsr_format::frame::PageEntry;
+use xsr_format::layout::Mapped;
 use xsr_format::layout::leading_pads;
 use xsr_format::read::{EndedAfter, PageDataBody, ReadOptions};
 use xsr_format::record::MAX_BATCH;
@@ -169,8 +170,7 @@ fn configuration(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<(
                 _ => None,
             };
             let index = mapped::usable_index(input);
-            let blanks = index.map_or(0, |index| index.footer().blanks);
-            let header = header.map(|header| header.without_blanks(blanks));
+            let header = header.map(|header| plain_header(index.as_ref(), header));
             let header = header.transpose()?;
             match header.as_ref().and_then(XlHeader::config) {
                 Some(config) => config.strip_suffix(&[0]).unwrap_or(config).to_vec(),
@@ -187,6 +187,14 @@ fn configuration(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<(
     Ok(sink.write_all(&text)?)
 }
 
+/// The xl header without what the mapped layout has added to it.
+fn plain_header(index: Option<&Mapped>, header: &XlHeader) -> Result<XlHeader> {
+    match index {
+        Some(index) => Ok(index.footer().plain_header(header)?),
+        None => Ok(header.clone()),
+    }
+}
+
 fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
     let options = ReadOptions {
         lenient: args.lenient,
@@ -197,7 +205,6 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
         Some(index) => InOrder::of(input, index).map_err(|error| mapped::bad_index(&error))?,
         None => None,
     };
-    let blanks = index.map_or(0, |index| index.footer().blanks);
     let (source, heard) = Heard::new(&input.file);
     let mut walk = Walk::open(source, options)?;
     let has = match walk.detected() {
@@ -217,8 +224,8 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
         };
         let raw = heard.take();
         let instead = match &step.content {
-            Content::XlHeader(header) if blanks > 0 => {
-                Some(header.without_blanks(blanks)?.encode())
+            Content::XlHeader(header) if index.is_some() => {
+                Some(plain_header(index.as_ref(), header)?.encode())
             }
             Content::PageData(_) if moved.is_some() => Some(Vec::new()),
             Content::PageData(body) => without_pads(body)?,

@@ -19,6 +19,7 @@ use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
 use xsr_format::detect::{Detected, detect};
 use xsr_format::layout::MappedWriter;
+use xsr_format::layout::index::Footer;
 use xsr_format::legacy::convert::{Part, Spool, survey};
 use xsr_format::legacy::detect::ToolstackWidth;
 use xsr_format::legacy::{
@@ -224,10 +225,10 @@ fn convert(
         Some(index) => InOrder::of(&input, index).map_err(|error| mapped::bad_index(&error))?,
         None => None,
     };
+    let footer = index.map(|index| *index.footer());
     let done = match args.layout {
         LayoutArg::Stream => {
-            let blanks = index.map_or(0, |index| index.footer().blanks);
-            let mut sink = layout::Stream { sink, blanks };
+            let mut sink = layout::Stream { sink, footer };
             match moved {
                 None => modern(args, &input, config, &mut sink, layout::copy_to_stream),
                 Some(pages) => {
@@ -236,7 +237,7 @@ fn convert(
                 }
             }
         }
-        LayoutArg::Mapped => to_mapped(args, &input, config, moved, sink),
+        LayoutArg::Mapped => to_mapped(args, &input, config, (moved, footer), sink),
     };
     done.map(|done| Done { legacy, ..done })
         .map_err(|error| input.blame(error))
@@ -263,12 +264,13 @@ fn to_mapped(
     args: &ConvertArgs,
     input: &Input,
     config: Option<&XlHeader>,
-    moved: Option<InOrder<'_>>,
+    (moved, footer): (Option<InOrder<'_>>, Option<Footer>),
     sink: &mut Sink<'_>,
 ) -> Result<Done> {
     let sparse = !args.no_sparse;
     let slots = layout::Slots { sink, sparse };
-    let mut writer = MappedWriter::new(slots, args.page_digests);
+    let sink = MappedWriter::new(slots, args.page_digests);
+    let mut writer = layout::Remapped { sink, footer };
     let (done, writer) = match moved {
         None => {
             let done = modern(args, input, config, &mut writer, layout::copy_through)?;
@@ -283,7 +285,7 @@ fn to_mapped(
             (done, sink.sink)
         }
     };
-    let (_, written) = writer.finish()?;
+    let (_, written) = writer.sink.finish()?;
     Ok(Done {
         zero_pages: Some(written.zero_pages),
         ..done

@@ -46,6 +46,10 @@ use crate::watch::Watch;
 pub(crate) const FOR_LIVE: &str =
     "--max-downtime, --timeout and --on-timeout are for a live save: add --live";
 
+/// The error for `--page-digests` with another layout.
+pub(crate) const PAGE_DIGESTS_NEED_MAPPED: &str =
+    "--page-digests is for --layout mapped: a stream has no digests";
+
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
 struct Report<'a> {
@@ -126,8 +130,7 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
         return Err(anyhow::Error::new(BadUsage(FOR_LIVE.to_owned())));
     }
     if args.page_digests && args.layout != LayoutArg::Mapped {
-        let why = "--page-digests is for --layout mapped: a stream has no digests";
-        return Err(anyhow::Error::new(BadUsage(why.to_owned())));
+        return Err(Error::new(BadUsage(PAGE_DIGESTS_NEED_MAPPED.to_owned())));
     }
     let mut watch = Watch::start(terminal, args.progress, "saving")?;
     let limit = Duration::from_secs(args.at_freeze_limit.into());

@@ -144,8 +144,12 @@ fn verify(
     let walked = reading.over(&input, &mut |step| {
         facts.step(&step)?;
         verdict.step(&step);
-        if let (Content::PageData(body), Some(compared)) = (&step.content, &mut compared) {
-            compared.pages(At::of(&step), body.entries())?;
+        match (&step.content, &mut compared) {
+            (Content::PageData(body), Some(compared)) => {
+                compared.pages(At::of(&step), body.entries())?;
+            }
+            (Content::Record(_), Some(compared)) => compared.record(At::of(&step)),
+            _ => {}
         }
         Ok(())
     })?;
@@ -158,8 +162,10 @@ fn verify(
     verdict.bytes = bytes;
     verdict.layers = input.layers().to_vec();
     let behind = input.finish(bytes).with_context(|| input.name.clone())?;
-    // The bytes after a mapped image are its index.
-    let behind = behind.filter(|_| index.is_none()).unwrap_or_default();
+    // The bytes after a mapped image are its index, unless that is in the xl header.
+    let is_index = |index: &Mapped| index.footer().room.is_none();
+    let behind = behind.filter(|_| !index.as_ref().is_some_and(is_index));
+    let behind = behind.unwrap_or_default();
     verdict.trailing_bytes = behind.bytes;
     verdict.warnings.extend(input.notes());
     verdict.warnings.extend(origin::left_out(&input, true));

@@ -35,8 +35,12 @@ impl Target {
     ///
     /// # Errors
     ///
-    /// As [`Output::open`].
-    pub(super) fn prepare(words: &Words, arguments: &mut [OsString]) -> Result<Option<Self>> {
+    /// As [`Output::open`]; the mapped layout is wanted in what is not a file.
+    pub(super) fn prepare(
+        words: &Words,
+        arguments: &mut [OsString],
+        mapped: bool,
+    ) -> Result<Option<Self>> {
         let [domain, file, ..] = words.positions[..] else {
             return Ok(None);
         };
@@ -48,6 +52,13 @@ impl Target {
             existing: Existing::Replace,
             only_copy: !words.keeps,
         })?;
+        if mapped && !output.is_new_file() {
+            return Err(Error::new(BadUsage(format!(
+                "{}: the mapped layout is for a regular file, in which pages have places: name \
+                 one, or give --layout stream",
+                output.name()
+            ))));
+        }
         match output.temporary() {
             Some(temporary) => arguments[file] = temporary.as_os_str().to_owned(),
             None => check_truncated(&output)?,
@@ -56,7 +67,9 @@ impl Target {
             // xl has no notation for stdout.
             arguments[file] = "/dev/stdout".into();
         }
+        // Zero pages take no space in slots, and their number is not known yet.
         if !words.force
+            && !mapped
             && let Some(bytes) = domain.to_str().and_then(least_bytes)
         {
             output.check_room(bytes)?;

@@ -10,12 +10,19 @@ use crate::exit::BadUsage;
 
 /// The helper's settings, which xl and libxl do not know: our option, the variable, and the
 /// commands that have it.
-const SETTINGS: [(&str, &str, &[&str]); 4] = [
+const SETTINGS: [(&str, &str, &[&str]); 5] = [
     ("threads", "XSR_THREADS", &COMMANDS),
     ("max-downtime", "XSR_MAX_DOWNTIME", &["migrate", "save"]),
     ("timeout", "XSR_TIMEOUT", &["migrate", "save"]),
     ("on-timeout", "XSR_ON_TIMEOUT", &["migrate", "save"]),
+    ("layout", LAYOUT, &["save"]),
 ];
+
+/// Where page data lies in the file of a save.
+const LAYOUT: &str = "XSR_LAYOUT";
+
+/// Has our helper add the digest of each page to a mapped image.
+pub(super) const PAGE_DIGESTS: (&str, &str) = ("XSR_PAGE_DIGESTS", "1");
 
 /// Whether our helper restores a guest that has seen CPU features which this host lacks. By default
 /// it only warns.
@@ -64,7 +71,12 @@ impl Setting {
 
     /// Whether it is about the passes of a live save.
     pub(super) fn is_for_live(&self) -> bool {
-        self.variable != "XSR_THREADS"
+        !["XSR_THREADS", LAYOUT].contains(&self.variable)
+    }
+
+    /// Whether it asks for the mapped layout.
+    pub(super) fn is_mapped(&self) -> bool {
+        self.variable == LAYOUT && self.value == "mapped"
     }
 
     /// The variable and its value.

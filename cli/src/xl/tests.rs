@@ -115,6 +115,18 @@ fn what_is_for_the_helper_is_set() {
 }
 
 #[test]
+fn the_layout_of_a_save_is_for_the_helper() {
+    let words = ["save", "--layout=mapped", "--page-digests", "web", "f"];
+    assert_eq!(passed(&words), ["save", "web", "f"]);
+    let call = call(&words).unwrap();
+    assert!(call.page_digests && call.settings.iter().all(Setting::is_mapped));
+    assert!(!call.settings.iter().any(Setting::is_for_live));
+    // A migration has no file.
+    let refused = self::call(&["migrate", "--layout", "mapped", "web", "h"]);
+    assert!(refused.unwrap().settings.is_empty());
+}
+
+#[test]
 fn a_live_save_is_for_the_helper() {
     let words = ["save", "--live", "-c", "--max-downtime", "50", "web", "f"];
     assert_eq!(passed(&words), ["save", "-c", "web", "f"]);

@@ -23,6 +23,7 @@ mod images;
 mod json;
 mod legacy;
 mod mapped;
+mod mapped_header;
 mod migrate;
 mod outputs;
 mod peer;

@@ -182,6 +182,38 @@ fn what_xl_has_no_option_for_reaches_the_helper_in_its_environment() {
     }
 }
 
+#[test]
+fn the_layout_of_a_save_reaches_the_helper() {
+    let _alone = alone();
+    let dir = scratch();
+    script(
+        dir.path(),
+        "#!/bin/sh\necho \"$1 $XSR_LAYOUT/$XSR_PAGE_DIGESTS/$XSR_LIVE\"\necho x > $4\n",
+    );
+    let file = dir.path().join("web.save");
+    let file = file.to_str().unwrap();
+    let save = |words: &[&str]| {
+        let words: Vec<&str> = ["save"].into_iter().chain(words.iter().copied()).collect();
+        ran(beside(dir.path(), &words))
+    };
+    let mapped = ["--layout=mapped", "--page-digests", "--live", "-c", "web"];
+    save(&[&mapped[..], &[file]].concat())
+        .code(0)
+        .stdout_has("save mapped/1/1\n");
+    save(&["--layout", "stream", "-c", "web", file])
+        .code(0)
+        .stdout_has("save stream//\n");
+    save(&[&mapped[..], &["-"]].concat())
+        .code(64)
+        .stderr_has("the mapped layout is for a regular file");
+    save(&["--page-digests", "-c", "web", file])
+        .code(64)
+        .stderr_has("--page-digests is for --layout mapped");
+    save(&["--layout=slots", "-c", "web", file])
+        .code(64)
+        .stderr_has("possible values: stream, mapped");
+}
+
 /// Our commands refuse a guest that has seen CPU features which this host lacks. The helper
 /// compares them, and is told to refuse if a domain is created.
 #[test]

@@ -42,7 +42,7 @@ pub enum Damage {
         /// Where they begin.
         offset: u64,
     },
-    /// The bytes between image and index, which are known.
+    /// The bytes before the index that do not belong to the image, which are known.
     Gap {
         /// Where they begin.
         offset: u64,
@@ -91,7 +91,7 @@ impl fmt::Display for Damage {
             }
             Self::Gap { offset } => write!(
                 f,
-                "the bytes between image and index, from {offset:#x} on, were changed"
+                "the bytes before the index, from {offset:#x} on, were changed"
             ),
         }
     }
@@ -109,15 +109,23 @@ pub fn check<R: Read + Seek, E: From<LayoutError>>(
 ) -> Result<(), E> {
     let io = |e: io::Error| E::from(LayoutError::Io(e));
     let footer = mapped.footer();
-    let mut room = vec![0; STEP];
+    let mut buffer = vec![0; STEP];
     let mut rest = Hasher::new();
     let mut digests_digest = Hasher::new();
     let mut at = 0;
     let mut digests_at = footer.page_digests;
     source.seek(SeekFrom::Start(0)).map_err(io)?;
+    if let Some(room) = footer.room {
+        read_through(source, room.from, &mut buffer, |bytes| {
+            rest.update(bytes);
+        })
+        .map_err(io)?;
+        at = room.to;
+        source.seek(SeekFrom::Start(at)).map_err(io)?;
+    }
     for (number, entry) in mapped.entries().iter().enumerate() {
         let before = entry.offset.saturating_sub(at);
-        read_through(source, before, &mut room, |bytes| {
+        read_through(source, before, &mut buffer, |bytes| {
             rest.update(bytes);
         })
         .map_err(io)?;
@@ -129,7 +137,7 @@ pub fn check<R: Read + Seek, E: From<LayoutError>>(
                 let bytes = u64::from(entry.pages).saturating_mul(PAGE_DIGEST_BYTES as u64);
                 let mut table = Vec::new();
                 source.seek(SeekFrom::Start(*at)).map_err(io)?;
-                read_through(source, bytes, &mut room, |bytes| {
+                read_through(source, bytes, &mut buffer, |bytes| {
                     table.extend_from_slice(bytes);
                 })
                 .map_err(io)?;
@@ -145,7 +153,7 @@ pub fn check<R: Read + Seek, E: From<LayoutError>>(
         let expected = expected.as_deref().map(|table| table.as_chunks().0);
         let mut damaged = expected.map(|_| Vec::new());
         let mut index: usize = 0;
-        read_through(source, entry.data_bytes(), &mut room, |bytes| {
+        read_through(source, entry.data_bytes(), &mut buffer, |bytes| {
             digest.update(bytes);
             let (Some(expected), Some(damaged)) = (expected, &mut damaged) else {
                 return;
@@ -170,7 +178,7 @@ pub fn check<R: Read + Seek, E: From<LayoutError>>(
         }
     }
     let before = footer.image_end.saturating_sub(at);
-    read_through(source, before, &mut room, |bytes| {
+    read_through(source, before, &mut buffer, |bytes| {
         rest.update(bytes);
     })
     .map_err(io)?;
@@ -179,15 +187,19 @@ pub fn check<R: Read + Seek, E: From<LayoutError>>(
         report(Damage::Rest { image_end })?;
     }
     let trailer = footer.page_digests.unwrap_or(footer.index_offset);
+    let (offset, magic) = match footer.room {
+        None => (footer.image_end, TRAILER_MAGIC.as_slice()),
+        Some(room) => (room.from, &[][..]),
+    };
     let mut gap = Vec::new();
-    let length = trailer.saturating_sub(footer.image_end);
-    read_through(source, length, &mut room, |bytes| {
+    let length = trailer.saturating_sub(offset);
+    source.seek(SeekFrom::Start(offset)).map_err(io)?;
+    read_through(source, length, &mut buffer, |bytes| {
         gap.extend_from_slice(bytes);
     })
     .map_err(io)?;
-    let zeros = gap.strip_prefix(&TRAILER_MAGIC);
+    let zeros = gap.strip_prefix(magic);
     if !zeros.is_some_and(|zeros| zeros.iter().all(|byte| *byte == 0)) {
-        let offset = footer.image_end;
         report(Damage::Gap { offset })?;
     }
     if let Some(offset) = footer.page_digests

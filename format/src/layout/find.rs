@@ -9,6 +9,7 @@ use blake3::Hasher;
 use zerocopy::FromBytes;
 
 use super::index::{Footer, IndexEntry};
+use super::room::Room;
 use super::{BEFORE_ENTRIES, LayoutError, leading_pads};
 use crate::byte_order::ByteOrder;
 use crate::frame::{PAGE_SIZE, Page, PageEntry, Pfn, WirePageEntry};
@@ -40,26 +41,40 @@ pub struct PagePlace {
 }
 
 impl Mapped {
-    /// Read and check footer and index. `None` if the file does not end in a footer: it is not
-    /// mapped, or incomplete.
+    /// Read and check footer and index. `None` if there is no footer at the end of the file or in
+    /// the xl header: the file is not mapped, or incomplete.
     ///
     /// # Errors
     ///
     /// The file could not be read, or what the footer or index says breaks a rule.
     pub fn open<R: Read + Seek>(source: &mut R) -> Result<Option<Self>, LayoutError> {
         let length = source.seek(SeekFrom::End(0))?;
-        let Some(at) = length.checked_sub(Footer::BYTES as u64) else {
+        let Some(last) = length.checked_sub(Footer::BYTES as u64) else {
             return Ok(None);
         };
-        source.seek(SeekFrom::Start(at))?;
-        let mut bytes = [0; Footer::BYTES];
-        source.read_exact(&mut bytes)?;
-        let Some(footer) = Footer::decode(&bytes, at)? else {
+        let found = match read_footer(source, last, None)? {
+            Some(found) => Some((found, last)),
+            None => match Room::of(source)?.filter(|room| room.to <= length) {
+                Some(room) => read_footer(source, room.footer(), Some(room))?
+                    .map(|found| (found, room.footer())),
+                None => None,
+            },
+        };
+        let Some(((footer, bytes), at)) = found else {
             return Ok(None);
         };
+        if footer.image_end > length {
+            return Err(LayoutError::Footer {
+                at,
+                what: "that the stream ends at byte",
+                got: footer.image_end,
+                expected: length,
+            });
+        }
         let mut entries: Vec<IndexEntry> = Vec::new();
         let mut runs = Vec::new();
-        let (mut from, mut pages, mut before) = (0, 0_u64, 0);
+        let (mut from, mut pages) = (0, 0_u64);
+        let mut before = footer.room.map_or(0, |room| room.to);
         let mut digest = Hasher::new();
         source.seek(SeekFrom::Start(footer.index_offset))?;
         let mut room = vec![0; IndexEntry::BYTES.saturating_mul(512)];
@@ -197,6 +212,19 @@ impl Mapped {
         words.dedup_by_key(|(page, _)| page.pfn);
         Ok(words)
     }
+}
+
+/// The footer that begins at `at`, if there is one, and its bytes.
+fn read_footer<R: Read + Seek>(
+    source: &mut R,
+    at: u64,
+    room: Option<Room>,
+) -> Result<Option<(Footer, [u8; Footer::BYTES])>, LayoutError> {
+    source.seek(SeekFrom::Start(at))?;
+    let mut bytes = [0; Footer::BYTES];
+    source.read_exact(&mut bytes)?;
+    let footer = Footer::decode(&bytes, at, room)?;
+    Ok(footer.map(|footer| (footer, bytes)))
 }
 
 /// Read the contents of a page that [`Mapped::find`] has found.

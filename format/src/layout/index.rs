@@ -6,6 +6,7 @@
 use blake3::Hasher;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::room::Room;
 use super::{
     ALIGNMENT, EntryError, LayoutError, MAX_ENTRIES, MAX_REAL, MAX_RECORDS, TRAILER_MAGIC, aligned,
     data_offset,
@@ -13,6 +14,7 @@ use super::{
 use crate::byte_order::ByteOrder;
 use crate::frame::{PageEntry, Pfn};
 use crate::wire::{U32, U64};
+use crate::wrapper::xl::{XlError, XlHeader};
 
 const ORDER: ByteOrder = ByteOrder::Little;
 
@@ -28,8 +30,11 @@ const FLAG_PAGE_DIGESTS: u32 = 1;
 /// A flag of the footer: entries do not stand in the order of a still save.
 const FLAG_MOVED: u32 = 2;
 
-/// The only place that is written and read: behind the image.
+/// The place of index and footer: after the image.
 const PLACE_TRAILER: u32 = 1;
+
+/// The place of index and footer: in the optional data of the xl header.
+const PLACE_HEADER: u32 = 2;
 
 /// The most blanks that make a configuration's length fit.
 const MAX_BLANKS: u32 = 7;
@@ -208,9 +213,11 @@ impl IndexEntry {
 /// The end of a mapped file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footer {
+    /// The bytes of the xl header in which index and footer are; `None` if they follow the image.
+    pub room: Option<Room>,
     /// How many blanks the configuration got.
     pub blanks: u32,
-    /// Where the image ends.
+    /// Where the image ends; with a room in the xl header, where the libxc stream ends.
     pub image_end: u64,
     /// Whether entries stand in another order than in a still save: a page that came or went
     /// during a live save has taken another's place.
@@ -250,6 +257,13 @@ struct WireFooter {
 
 const _: () = assert!(size_of::<WireFooter>() == Footer::BYTES);
 
+fn place_of(room: Option<Room>) -> u32 {
+    match room {
+        None => PLACE_TRAILER,
+        Some(_) => PLACE_HEADER,
+    }
+}
+
 /// The footer's bytes before the digest of index and footer.
 const DIGESTED: usize = 128;
 
@@ -272,7 +286,7 @@ impl Footer {
                 },
                 ORDER,
             ),
-            place: U32::new(PLACE_TRAILER, ORDER),
+            place: U32::new(place_of(self.room), ORDER),
             blanks: U32::new(self.blanks, ORDER),
             image_end: U64::new(self.image_end, ORDER),
             index_offset: U64::new(self.index_offset, ORDER),
@@ -290,12 +304,29 @@ impl Footer {
         zerocopy::transmute!(wire)
     }
 
-    /// Decode and check a footer that begins at byte `at`. `None` if it is none.
+    /// The xl header of the image as it was before it was mapped.
+    ///
+    /// # Errors
+    ///
+    /// The header's optional data is too long.
+    pub fn plain_header(&self, header: &XlHeader) -> Result<XlHeader, XlError> {
+        match self.room {
+            Some(_) => header.without_tail(),
+            None => header.without_blanks(self.blanks),
+        }
+    }
+
+    /// Decode and check a footer that begins at byte `at`, which is the end of `room` if there is
+    /// one. `None` if it is no footer.
     ///
     /// # Errors
     ///
     /// A version or flag that is unknown; a field that does not fit where the footer is.
-    pub fn decode(bytes: &[u8; Self::BYTES], at: u64) -> Result<Option<Self>, LayoutError> {
+    pub fn decode(
+        bytes: &[u8; Self::BYTES],
+        at: u64,
+        room: Option<Room>,
+    ) -> Result<Option<Self>, LayoutError> {
         let wire: WireFooter = zerocopy::transmute!(*bytes);
         if wire.magic != FOOTER_MAGIC {
             return Ok(None);
@@ -321,17 +352,21 @@ impl Footer {
         let flags = wire.flags.get(ORDER);
         known("flags", flags, FLAG_PAGE_DIGESTS | FLAG_MOVED, "0 to 3")?;
         let place = wire.place.get(ORDER);
-        if place != PLACE_TRAILER {
+        if place != place_of(room) {
             return Err(LayoutError::Unknown {
                 at,
                 what: "place",
                 got: place.into(),
-                expected: "1 for an index after the image",
+                expected: match room {
+                    None => "1 for an index after the image",
+                    Some(_) => "2 for an index in the xl header",
+                },
             });
         }
         known("blanks", wire.blanks.get(ORDER), MAX_BLANKS, "0 to 7")?;
         let has_digests = flags & FLAG_PAGE_DIGESTS != 0;
         let footer = Self {
+            room,
             blanks: wire.blanks.get(ORDER),
             image_end: wire.image_end.get(ORDER),
             moved: flags & FLAG_MOVED != 0,
@@ -375,6 +410,25 @@ impl Footer {
                 index
             }
         };
+        if let Some(room) = self.room {
+            if first < room.from {
+                return Err(LayoutError::Footer {
+                    at,
+                    what: "that the index and page digests begin at byte",
+                    got: first,
+                    expected: room.from,
+                });
+            }
+            return match self.image_end >= room.to {
+                true => Ok(()),
+                false => Err(LayoutError::Footer {
+                    at,
+                    what: "that the stream ends at byte",
+                    got: self.image_end,
+                    expected: room.to,
+                }),
+            };
+        }
         let magic = TRAILER_MAGIC.len() as u64;
         let expected = aligned(self.image_end.saturating_add(magic));
         match first == expected {

@@ -7,6 +7,7 @@ use std::io::{self, Write};
 use blake3::Hasher;
 
 use super::index::{Footer, IndexEntry, PAGE_DIGEST_BYTES};
+use super::room::Room;
 use super::{MAX_RECORDS, TRAILER_MAGIC, aligned, pads};
 use crate::error::WriteError;
 use crate::frame::{PAGE_SIZE, Page, PageEntry};
@@ -211,6 +212,7 @@ impl<W: SparseWrite> MappedWriter<W> {
             return Err(WriteError::Bug("the image ends inside a record's pages"));
         }
         let trailer = Trailer {
+            room: None,
             blanks: self.blanks,
             image_end: self.offset,
             moved: false,
@@ -278,9 +280,11 @@ pub fn record_head(pads: u64, entries: &[PageEntry]) -> Result<Vec<u8>, WriteErr
     padded_page_data_head(pads, entries)
 }
 
-/// What stands behind a mapped image, place 1.
+/// Page digests, index and footer of a mapped image.
 #[derive(Clone, Copy, Debug)]
 pub struct Trailer<'t> {
+    /// The bytes of the xl header that hold them; `None` if they follow the image.
+    pub room: Option<Room>,
     /// How many blanks the configuration got.
     pub blanks: u32,
     /// Where the image ends.
@@ -298,7 +302,22 @@ pub struct Trailer<'t> {
 impl Trailer<'_> {
     /// Where it begins, after the magic and zeros: with the page digests, if there are any.
     pub fn offset(&self) -> u64 {
-        aligned(self.image_end.saturating_add(TRAILER_MAGIC.len() as u64))
+        match self.room {
+            None => aligned(self.image_end.saturating_add(TRAILER_MAGIC.len() as u64)),
+            Some(room) => room.footer().saturating_sub(self.before_footer()),
+        }
+    }
+
+    /// Whether it fits into its room.
+    pub fn fits(&self) -> bool {
+        let fits = |room: Room| room.footer().checked_sub(self.before_footer()) >= Some(room.from);
+        self.room.is_none_or(fits)
+    }
+
+    /// Bytes of page digests and index.
+    fn before_footer(&self) -> u64 {
+        let digests = self.page_digests.unwrap_or_default().len() as u64;
+        digests.saturating_add((self.index.len() as u64).saturating_mul(IndexEntry::BYTES as u64))
     }
 
     /// Where the index begins.
@@ -313,8 +332,11 @@ impl Trailer<'_> {
         self.index_offset().saturating_add(index)
     }
 
-    /// The length of the file.
+    /// The length of the file; with a room, of what precedes the end of the libxc stream.
     pub fn length(&self) -> u64 {
+        if self.room.is_some() {
+            return self.image_end;
+        }
         self.footer_offset().saturating_add(Footer::BYTES as u64)
     }
 
@@ -333,6 +355,7 @@ impl Trailer<'_> {
         };
         let pages = self.index.iter().map(|entry| u64::from(entry.pages));
         let footer = Footer {
+            room: self.room,
             blanks: self.blanks,
             image_end: self.image_end,
             moved: self.moved,

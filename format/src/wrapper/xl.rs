@@ -17,6 +17,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 use super::WrapperWriteError;
 use crate::byte_order::ByteOrder;
 use crate::error::{Place, ReadError, ReadErrorCause};
+use crate::layout::Room;
 use crate::read::ReadOptions;
 use crate::source::{fill, fill_behind, fill_growing};
 use crate::wire::U32;
@@ -25,7 +26,7 @@ use crate::wire::U32;
 pub const MAGIC: [u8; 32] = *b"Xen saved domain, xl format\n \0 \r";
 
 /// The value of the byte order field.
-const BYTE_ORDER_MARK: u32 = 0x0102_0304;
+pub(crate) const BYTE_ORDER_MARK: u32 = 0x0102_0304;
 
 /// Maximum size of the optional data that is read or written. xl has no limit of its own; a
 /// configuration has some hundreds of bytes for each device and vcpu.
@@ -337,6 +338,45 @@ impl XlHeader {
             let found = end.saturating_sub(kept.map_or(0, |last| last.saturating_add(1)));
             config.drain(end.saturating_sub(found.min(blanks as usize))..end);
         })
+    }
+
+    /// This header with `bytes` zero bytes after its configuration, from a multiple of 8 on, in place
+    /// of what is there; and where they are. The stream then begins at a multiple of 8. `None`
+    /// without a configuration, or if there are too few bytes for a footer.
+    ///
+    /// # Errors
+    ///
+    /// More than [`MAX_OPTIONAL_DATA`] in total.
+    pub fn with_room(&self, bytes: u64) -> Result<Option<(Self, Room)>, XlError> {
+        let mut header = self.without_tail()?;
+        if header.config().is_none() {
+            return Ok(None);
+        }
+        let config_end = header.bytes();
+        let to = config_end.checked_next_multiple_of(8);
+        let to = to.and_then(|from| from.checked_add(bytes.checked_next_multiple_of(8)?));
+        let length = to
+            .unwrap_or(u64::MAX)
+            .saturating_sub(Self::FIXED_BYTES as u64);
+        header.optional_length = optional_length(usize::try_from(length).unwrap_or(usize::MAX))?;
+        header
+            .optional_data
+            .resize(header.optional_length as usize, 0);
+        Ok(Room::between(config_end, header.bytes()).map(|room| (header, room)))
+    }
+
+    /// This header with nothing after its configuration.
+    ///
+    /// # Errors
+    ///
+    /// The optional data is too long.
+    pub fn without_tail(&self) -> Result<Self, XlError> {
+        let mut header = self.clone();
+        let tail = self.optional_tail().len();
+        let kept = header.optional_data.len().saturating_sub(tail);
+        header.optional_data.truncate(kept);
+        header.optional_length = optional_length(kept)?;
+        Ok(header)
     }
 
     /// This header with its configuration changed. `change` is called with the configuration and

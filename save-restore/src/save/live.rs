@@ -118,7 +118,7 @@ impl<'r> Run<'r, '_> {
         hook: Hook<'_, '_>,
     ) -> Result<Instant, SaveError> {
         let mut memory = self.log(guest)?;
-        self.begin_memory(true)?;
+        self.begin_memory(true, guest)?;
         self.precopy(guest, out, &mut memory, live.policy)?;
         let none = &mut |_: &mut DirtyBitmap| Ok(());
         let stopped = self.stop_and_copy(guest, out, suspended, &mut memory, none, hook)?;

@@ -7,9 +7,10 @@
 //!
 //! Specification: `docs/mapped.md`. C implementation: none.
 
+mod parts;
 mod places;
 
-use std::io::{self, Write};
+use std::io;
 use std::ops::{ControlFlow, Range};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -17,14 +18,17 @@ use xsr_format::error::WriteError;
 use xsr_format::frame::{PAGE_SIZE, Page, PageEntry};
 use xsr_format::layout::index::IndexEntry;
 use xsr_format::layout::write::{Trailer, digest, is_zero, page_digest, record_head};
-use xsr_xen_backend::Gather;
+use xsr_format::wrapper::xl::XlHeader;
 
 use crate::error::{GuestError, SaveError};
 use crate::pipeline;
 use crate::save::batch::Batch;
+use crate::save::mapped::parts::Parts;
 use crate::save::mapped::places::{NewRecord, Placed, Places, Record, Unplaceable};
-use crate::sink::PageSink;
 use crate::storage::{StorageError, StorageWriter};
+
+pub use self::parts::MappedSink;
+pub(in crate::save) use self::parts::{Extent, Part};
 
 /// How to write an image in the mapped layout.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,6 +52,9 @@ pub struct MappedStats {
     pub zero_pages: u64,
     /// Pages that were moved at the end to slots that had become free.
     pub moved_pages: u64,
+    /// Whether the file has its index. Only one in the xl header can be missing, because it outgrew
+    /// its room: a live save of a guest that took much new memory.
+    pub has_index: bool,
 }
 
 /// An image in the mapped layout that is being written.
@@ -62,28 +69,6 @@ pub struct MappedImage<'w> {
     state: Mutex<State>,
     /// Buffers of batches that were written, for reuse.
     buffers: Mutex<Vec<Vec<u8>>>,
-}
-
-/// Everything except page data.
-#[derive(Debug, Default)]
-struct Parts {
-    /// The beginning of what precedes memory, which never changes.
-    head: Vec<u8>,
-    /// The rest of what precedes memory, which is written anew when the guest moves its tables.
-    start: Vec<u8>,
-    /// What follows memory.
-    tail: Vec<u8>,
-    current: Part,
-    /// The number of blanks that were added to the configuration.
-    blanks: u32,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Part {
-    #[default]
-    Head,
-    Start,
-    Tail,
 }
 
 #[derive(Debug, Default)]
@@ -165,6 +150,12 @@ impl<'w> MappedImage<'w> {
         lock(&self.parts).blanks = blanks;
     }
 
+    /// Puts the index into the optional data of this xl header, because another program will append
+    /// to the image. The header precedes what is written to the sink.
+    pub fn set_header(&self, header: XlHeader) {
+        lock(&self.parts).set_header(header);
+    }
+
     /// The sink for everything except page data, from the first byte of the file.
     pub fn sink(&self) -> MappedSink<'_> {
         MappedSink { parts: &self.parts }
@@ -172,9 +163,7 @@ impl<'w> MappedImage<'w> {
 
     /// What is written to the sink from now on replaces this part.
     pub(super) fn begin(&self, part: Part) {
-        let mut parts = lock(&self.parts);
-        parts.current = part;
-        parts.bytes().clear();
+        lock(&self.parts).begin(part);
     }
 
     /// The guest is suspended from now on, after passes while it ran.
@@ -182,16 +171,21 @@ impl<'w> MappedImage<'w> {
         lock(&self.state).frozen = true;
     }
 
-    /// Memory begins, about `memory` bytes. Pages may come again if it is `live`.
-    pub(super) fn begin_memory(&self, live: bool, memory: u64) -> Result<(), SaveError> {
-        let start = lock(&self.parts).front();
+    /// Memory begins.
+    pub(super) fn begin_memory(&self, guest: &Extent) -> Result<(), SaveError> {
+        let start = {
+            let mut parts = lock(&self.parts);
+            parts.reserve(guest, self.options.page_digests)?;
+            parts.front()
+        };
         if !start.is_multiple_of(8) {
             let why = "the stream does not begin at a multiple of 8, and there is no \
                        configuration to pad";
             return Err(io::Error::other(why).into());
         }
-        lock(&self.state).places = Some(Places::new(start, live));
+        lock(&self.state).places = Some(Places::new(start, guest.live));
         // A write that extends the file makes XFS allocate more after it, and others wait.
+        let memory = guest.pages.saturating_mul(PAGE_SIZE as u64);
         let length = start.saturating_add(memory).saturating_add(memory / 512);
         self.writer.set_length(length).map_err(failed)
     }
@@ -372,22 +366,29 @@ impl<'w> MappedImage<'w> {
         write(&front, 0)?;
         write(tail, memory_end)?;
         let image_end = memory_end + tail.len() as u64;
+        let (before, after) = parts.around_room(&front);
         let trailer = Trailer {
+            room: parts.room,
             blanks: parts.blanks,
             image_end,
             moved: !in_order,
             index: &index,
             page_digests: self.options.page_digests.then_some(&*digests),
-            rest_digest: digest(&[&front, tail]),
+            rest_digest: digest(&[before, after, tail]),
         };
         go_on()?;
-        write(&xsr_format::layout::TRAILER_MAGIC, image_end)?;
-        write(&digests, trailer.offset())?;
-        let encoded = trailer.encode_index();
-        write(&encoded, trailer.index_offset())?;
-        self.writer.sync().map_err(failed)?;
-        go_on()?;
-        write(&trailer.encode_footer(&encoded), trailer.footer_offset())?;
+        let has_index = trailer.fits();
+        if has_index {
+            if trailer.room.is_none() {
+                write(&xsr_format::layout::TRAILER_MAGIC, image_end)?;
+            }
+            write(&digests, trailer.offset())?;
+            let encoded = trailer.encode_index();
+            write(&encoded, trailer.index_offset())?;
+            self.writer.sync().map_err(failed)?;
+            go_on()?;
+            write(&trailer.encode_footer(&encoded), trailer.footer_offset())?;
+        }
         let pages: u64 = index.iter().map(|entry| u64::from(entry.pages)).sum();
         Ok(MappedStats {
             image_bytes: image_end,
@@ -395,6 +396,7 @@ impl<'w> MappedImage<'w> {
             pages,
             zero_pages: pages - written,
             moved_pages,
+            has_index,
         })
     }
 
@@ -456,47 +458,5 @@ impl<'w> MappedImage<'w> {
         record.index = Some(index);
         record.page_digests = digests;
         Ok(())
-    }
-}
-
-impl Parts {
-    fn bytes(&mut self) -> &mut Vec<u8> {
-        match self.current {
-            Part::Head => &mut self.head,
-            Part::Start => &mut self.start,
-            Part::Tail => &mut self.tail,
-        }
-    }
-
-    /// Where memory begins.
-    fn front(&self) -> u64 {
-        (self.head.len() + self.start.len()) as u64
-    }
-
-    fn front_bytes(&self) -> Vec<u8> {
-        [self.head.as_slice(), &self.start].concat()
-    }
-}
-
-/// The sink of a [`MappedImage`] for everything except page data.
-#[derive(Debug)]
-pub struct MappedSink<'i> {
-    parts: &'i Mutex<Parts>,
-}
-
-impl Write for MappedSink<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        lock(self.parts).bytes().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl PageSink for MappedSink<'_> {
-    fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
-        list.copy_to(self)
     }
 }

@@ -12,6 +12,8 @@
 mod leftover;
 mod path;
 mod reader;
+mod shared;
+mod slots;
 mod steps;
 #[cfg(test)]
 mod tests;
@@ -38,6 +40,7 @@ use super::{
 
 pub use path::{Inherited, check_readable};
 pub use reader::FileReader;
+pub use shared::SharedFileWriter;
 pub use writer::{FileWriter, Kept};
 
 /// Removes temporary files when a signal ends the program.

@@ -10,7 +10,7 @@ fn libxc_stream(name: &str) -> Vec<u8> {
     bytes[start..end].to_vec()
 }
 
-fn restore_args(domid: DomId, ports: (u32, u32)) -> String {
+pub(super) fn restore_args(domid: DomId, ports: (u32, u32)) -> String {
     let (store, console) = ports;
     format!(
         "--restore-domain 7 -1 {} {store} 0 {console} 0 {RESTORE_CALLBACKS} 0",
@@ -19,10 +19,10 @@ fn restore_args(domid: DomId, ports: (u32, u32)) -> String {
 }
 
 /// A host with an empty domain, and the domain's event channels for xenstore and console.
-fn empty(dir: &Path, kind: GuestKind) -> (PathBuf, DomId, (u32, u32)) {
+pub(super) fn empty(dir: &Path, (kind, vcpus): (GuestKind, u32)) -> (PathBuf, DomId, (u32, u32)) {
     let path = dir.join("host");
     let host = MockHost::create(&path, &HostConfig::default()).unwrap();
-    let domid = host.create_domain(kind, 1, 4096).unwrap();
+    let domid = host.create_domain(kind, vcpus, 8192).unwrap();
     let domain = host.domain(domid).unwrap();
     let ports = (
         domain.alloc_unbound_port(DomId(0)).unwrap(),
@@ -35,7 +35,7 @@ fn empty(dir: &Path, kind: GuestKind) -> (PathBuf, DomId, (u32, u32)) {
 fn a_restore_says_where_the_rings_are_and_leaves_the_rest_of_the_stream_alone() {
     for (name, kind) in [("tpv", GuestKind::Pv), ("tpvh", GuestKind::Pvh)] {
         let dir = scratch();
-        let (path, domid, ports) = empty(dir.path(), kind);
+        let (path, domid, ports) = empty(dir.path(), (kind, 1));
         // libxl reads on after END, so the helper must not consume a byte of that.
         let file = dir.path().join("stream");
         let mut bytes = libxc_stream(name);
@@ -70,7 +70,7 @@ fn a_restore_says_where_the_rings_are_and_leaves_the_rest_of_the_stream_alone() 
 #[test]
 fn a_bad_stream_fails_the_restore_with_einval() {
     let dir = scratch();
-    let (path, domid, ports) = empty(dir.path(), GuestKind::Pv);
+    let (path, domid, ports) = empty(dir.path(), (GuestKind::Pv, 1));
     let file = dir.path().join("stream");
     let mut bytes = libxc_stream("tpv");
     bytes.truncate(bytes.len() / 2);
@@ -110,7 +110,7 @@ fn richer(dir: &Path) -> (PathBuf, DomId, (u32, u32), PathBuf) {
         .keep_suspended();
     let file = dir.join("stream");
     fs::write(&file, stream).unwrap();
-    let (path, domid, ports) = empty(dir, GuestKind::Pvh);
+    let (path, domid, ports) = empty(dir, (GuestKind::Pvh, 1));
     (path, domid, ports, file)
 }
 

@@ -3,7 +3,10 @@
 use std::fs::File;
 use std::io::{self, Read as _, Write};
 
+use xsr_format::error::WriteError;
+use xsr_format::frame::PageEntry;
 use xsr_format::layout::SparseWrite;
+use xsr_format::layout::index::Footer;
 use xsr_format::transcode::{CopyError, ImageSink};
 use xsr_format::wrapper::xl::XlHeader;
 
@@ -12,11 +15,12 @@ use crate::output::Sink;
 /// Bytes per copy.
 const STEP: usize = 256 << 10;
 
-/// The stream layout, without the blanks that the mapped layout put into the configuration.
+/// The stream layout, without what the mapped layout has added to the xl header.
 #[derive(Debug)]
 pub(super) struct Stream<'s, 'o> {
     pub(super) sink: &'s mut Sink<'o>,
-    pub(super) blanks: u32,
+    /// The footer of a mapped image that is converted.
+    pub(super) footer: Option<Footer>,
 }
 
 impl Write for Stream<'_, '_> {
@@ -31,8 +35,44 @@ impl Write for Stream<'_, '_> {
 
 impl ImageSink for Stream<'_, '_> {
     fn xl_header(&mut self, header: &XlHeader) -> io::Result<()> {
-        let header = header.without_blanks(self.blanks);
-        self.write_all(&header.map_err(io::Error::other)?.encode())
+        let header = plain_header(self.footer, header)?;
+        self.write_all(&header.encode())
+    }
+}
+
+/// The xl header without what the mapped layout has added to it.
+fn plain_header(footer: Option<Footer>, header: &XlHeader) -> io::Result<XlHeader> {
+    match footer {
+        Some(footer) => footer.plain_header(header).map_err(io::Error::other),
+        None => Ok(header.clone()),
+    }
+}
+
+/// An image that is mapped anew, perhaps from a mapped one.
+#[derive(Debug)]
+pub(super) struct Remapped<W> {
+    pub(super) sink: W,
+    /// The footer of a mapped image that is converted.
+    pub(super) footer: Option<Footer>,
+}
+
+impl<W: Write> Write for Remapped<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.sink.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+impl<W: ImageSink> ImageSink for Remapped<W> {
+    fn xl_header(&mut self, header: &XlHeader) -> io::Result<()> {
+        self.sink.xl_header(&plain_header(self.footer, header)?)
+    }
+
+    fn page_data(&mut self, entries: &[PageEntry]) -> Result<(), WriteError> {
+        self.sink.page_data(entries)
     }
 }
 

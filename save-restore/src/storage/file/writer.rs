@@ -8,13 +8,12 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{
-    CWD, FallocateFlags, RenameFlags, copy_file_range, fallocate, ioctl_ficlone, renameat_with,
-};
+use rustix::fs::{CWD, RenameFlags, copy_file_range, ioctl_ficlone, renameat_with};
 use rustix::io::Errno;
 use xsr_format::frame::PAGE_SIZE;
 
 use super::leftover::Temporary;
+use super::slots::Slots;
 use super::steps::{Step, Steps};
 use super::{directory, not_found, sync_directory};
 use crate::storage::error::shown;
@@ -59,14 +58,23 @@ impl FileWriter {
         file.ok_or_else(|| io::ErrorKind::BrokenPipe.into())
     }
 
-    fn slots(&self) -> Result<&File, StorageError> {
+    fn slots(&self) -> Result<Slots<'_>, StorageError> {
         if self.create.shape == Shape::Stream {
             return Err(StorageError::Unsupported {
                 name: self.name.clone(),
                 what: "was created as a stream, which is written from its start to its end",
             });
         }
-        self.file().map_err(StorageError::io("writing", &self.name))
+        self.open_slots("writing")
+    }
+
+    fn open_slots(&self, doing: &'static str) -> Result<Slots<'_>, StorageError> {
+        let file = self.file();
+        Ok(Slots {
+            file: file.map_err(StorageError::io(doing, &self.name))?,
+            name: &self.name,
+            steps: &*self.steps,
+        })
     }
 
     /// Gives the file its name, in one step.
@@ -118,19 +126,6 @@ fn is_unsupported(error: &io::Error) -> bool {
     )
 }
 
-/// Writes zeros to a range.
-fn write_zeros(file: &File, range: Range<u64>) -> io::Result<()> {
-    let zeros = [0; 1 << 16];
-    let mut at = range.start;
-    while at < range.end {
-        let left = usize::try_from(range.end - at).unwrap_or(usize::MAX);
-        let n = left.min(zeros.len());
-        file.write_all_at(&zeros[..n], at)?;
-        at += n as u64;
-    }
-    Ok(())
-}
-
 impl Write for FileWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.steps.before(Step::Write)?;
@@ -158,73 +153,19 @@ impl StorageWriter for FileWriter {
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> Result<(), StorageError> {
-        let file = self.slots()?;
-        let write = || -> io::Result<()> {
-            let mut done = 0;
-            while done < bytes.len() {
-                self.steps.before(Step::Write)?;
-                let most = self.steps.most(bytes.len() - done);
-                let at = offset
-                    .checked_add(done as u64)
-                    .ok_or(io::ErrorKind::FileTooLarge)?;
-                match file.write_at(&bytes[done..done + most], at) {
-                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                    Ok(n) => done += n,
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            Ok(())
-        };
-        write().map_err(StorageError::io("writing", &self.name))
+        self.slots()?.write_all_at(bytes, offset)
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), StorageError> {
-        let file = self.slots()?;
-        let mut done = 0;
-        while done < buffer.len() {
-            let at = offset.saturating_add(done as u64);
-            let read = self.steps.before(Step::Read);
-            match read.and_then(|()| file.read_at(&mut buffer[done..], at)) {
-                Ok(0) => {
-                    return Err(StorageError::Truncated {
-                        name: self.name.clone(),
-                        offset: at,
-                        missing: buffer.len() - done,
-                    });
-                }
-                Ok(n) => done += n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(StorageError::io("reading", &self.name)(error)),
-            }
-        }
-        Ok(())
+        self.slots()?.read_exact_at(buffer, offset)
     }
 
     fn punch(&self, range: Range<u64>) -> Result<(), StorageError> {
-        let file = self.slots()?;
-        let punch = || -> io::Result<()> {
-            self.steps.before(Step::Punch)?;
-            // Beyond the end there is a hole already.
-            let range = range.start..range.end.min(file.metadata()?.len());
-            if range.is_empty() {
-                return Ok(());
-            }
-            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            match fallocate(file, how, range.start, range.end - range.start) {
-                Err(Errno::OPNOTSUPP | Errno::NOSYS) => write_zeros(file, range),
-                result => Ok(result?),
-            }
-        };
-        punch().map_err(StorageError::io("writing", &self.name))
+        self.slots()?.punch(range)
     }
 
     fn set_length(&self, length: u64) -> Result<(), StorageError> {
-        let file = self.slots()?;
-        self.steps
-            .before(Step::SetLength)
-            .and_then(|()| file.set_len(length))
-            .map_err(StorageError::io("writing", &self.name))
+        self.slots()?.set_length(length)
     }
 
     fn clone_range(
@@ -233,7 +174,7 @@ impl StorageWriter for FileWriter {
         range: Range<u64>,
         to: u64,
     ) -> Result<(), StorageError> {
-        let file = self.slots()?;
+        let file = self.slots()?.file;
         let cannot = |what| {
             let name = self.name.clone();
             Err(StorageError::Unsupported { name, what })
@@ -287,11 +228,7 @@ impl StorageWriter for FileWriter {
     }
 
     fn sync(&self) -> Result<(), StorageError> {
-        let sync = || -> io::Result<()> {
-            self.steps.before(Step::Sync)?;
-            self.file()?.sync_data()
-        };
-        sync().map_err(StorageError::io("syncing", &self.name))
+        self.open_slots("syncing")?.sync()
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
