@@ -12,18 +12,20 @@ use xsr_format::wrapper::xl::XlHeader;
 
 use crate::common::{arg, backend, create, host_with, image, run, scratch};
 
-/// Moves the index of a mapped image into its xl header, with so much room that its pages stay
-/// aligned.
+/// By how much the index makes the xl header longer.
+const LONGER: u64 = 32 * 4096;
+
+/// Moves the index of a mapped image into its xl header.
 fn with_index_in_header(mapped: &[u8]) -> Vec<u8> {
     let index = Mapped::open(&mut Cursor::new(mapped)).unwrap().unwrap();
     let footer = index.footer();
     let old = XlHeader::read(mapped, ReadOptions::default()).unwrap();
     let plain = footer.plain_header(&old).unwrap();
-    // The header is as much longer as three pages.
+    // Pages stay aligned.
     let after = plain.bytes().next_multiple_of(8);
-    let bytes = old.bytes() + 3 * 4096 - after;
+    let bytes = old.bytes() + LONGER - after;
     let (header, Room { from, to }) = plain.with_room(bytes).unwrap().unwrap();
-    assert_eq!(to, old.bytes() + 3 * 4096);
+    assert_eq!(to, old.bytes() + LONGER);
     let end = usize::try_from(footer.image_end).unwrap();
     let rest = &mapped[usize::try_from(old.bytes()).unwrap()..end];
     let mut file = [&header.encode(), rest].concat();
@@ -31,7 +33,7 @@ fn with_index_in_header(mapped: &[u8]) -> Vec<u8> {
     let image_end = file.len() as u64 - 8;
     let mut entries = index.entries().to_vec();
     for entry in &mut entries {
-        entry.offset += 3 * 4096;
+        entry.offset += LONGER;
     }
     let range = |from: u64, to: u64| {
         let [from, to] = [from, to].map(|at| usize::try_from(at).unwrap());
@@ -65,7 +67,11 @@ fn with_index_in_header(mapped: &[u8]) -> Vec<u8> {
 fn images(dir: &Path) -> (PathBuf, PathBuf) {
     let (plain, mapped) = (dir.join("plain.save"), dir.join("in-header.save"));
     let at = dir.join("mapped.save");
-    fs::copy(image("tpvh-live"), &plain).unwrap();
+    // Bytes after the end of an image are not part of it.
+    let bytes = fs::read(image("tpvh-live")).unwrap();
+    let verdict = run(["verify", "--json", arg(&image("tpvh-live"))]).json();
+    let end = usize::try_from(verdict["bytes"].as_u64().unwrap()).unwrap();
+    fs::write(&plain, &bytes[..end]).unwrap();
     let line = ["convert", "-f", "--layout", "mapped", "-o"];
     run(line.into_iter().chain([arg(&at), arg(&plain)])).code(0);
     fs::write(&mapped, with_index_in_header(&fs::read(&at).unwrap())).unwrap();

@@ -18,6 +18,7 @@ use super::WrapperWriteError;
 use crate::byte_order::ByteOrder;
 use crate::error::{Place, ReadError, ReadErrorCause};
 use crate::layout::Room;
+use crate::layout::index::{FOOTER_MAGIC, Footer};
 use crate::read::ReadOptions;
 use crate::source::{fill, fill_behind, fill_growing};
 use crate::wire::U32;
@@ -446,6 +447,16 @@ impl XlHeader {
         self.optional_data
             .get(config.saturating_add(CONFIG_LENGTH_BYTES)..)
             .unwrap_or_default()
+    }
+
+    /// Optional data after the configuration, unless it is the index of a mapped image.
+    pub fn unknown_tail(&self) -> &[u8] {
+        let tail = self.optional_tail();
+        let footer = tail.last_chunk::<{ Footer::BYTES }>();
+        match footer.is_some_and(|footer| footer.starts_with(&FOOTER_MAGIC)) {
+            true => &[],
+            false => tail,
+        }
     }
 
     /// The configuration as JSON, without the NUL. `None` if the file has no configuration, or an

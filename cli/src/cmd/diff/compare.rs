@@ -241,7 +241,7 @@ fn headers(a: &Image, b: &Image, found: &mut Found) {
             found,
         );
         let what = "xl optional data after the configuration,";
-        found.bytes(S, what, a.optional_tail(), b.optional_tail());
+        found.bytes(S, what, a.unknown_tail(), b.unknown_tail());
     }
     if let (Some(a), Some(b)) = (a.libxl, b.libxl) {
         found.field(S, "libxl byte order", Some(a.order), Some(b.order));
