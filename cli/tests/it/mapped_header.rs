@@ -10,7 +10,7 @@ use xsr_format::layout::{Mapped, Room};
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::xl::XlHeader;
 
-use crate::common::{arg, backend, create, host_with, image, run, scratch};
+use crate::common::{arg, backend, host_with, image, run, scratch};
 
 /// By how much the index makes the xl header longer.
 const LONGER: u64 = 32 * 4096;
