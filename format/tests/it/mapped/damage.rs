@@ -100,8 +100,8 @@ fn damage_between_image_and_index_is_named() {
     let footer = &file[file.len() - FOOTER..];
     let (image_end, digests) = (word(footer, 24) as usize, word(footer, 48) as usize);
     for (at, expected) in [
-        (image_end, "between image and index"),
-        (digests - 1, "between image and index"),
+        (image_end, "the bytes before the index, from"),
+        (digests - 1, "the bytes before the index, from"),
     ] {
         let mut file = file.clone();
         file[at] ^= 1;
