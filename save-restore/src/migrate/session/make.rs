@@ -291,7 +291,8 @@ impl Client {
     /// Makes the links that are missing, until the session takes no more.
     fn keep_links(&self) {
         let mut pause = Duration::ZERO;
-        let mut tried = 1;
+        let mut tried = 1_u8;
+        let mut recent = Vec::new();
         loop {
             let slot = {
                 let mut state = self.shared.lock();
@@ -311,8 +312,13 @@ impl Client {
                     }
                 }
             };
-            tried += 1;
-            if !self.sleep(pause) {
+            tried = tried.saturating_add(1);
+            // Links that end as soon as they are made are not made again at once for ever.
+            recent.retain(|at: &Instant| at.elapsed() < RETRY);
+            recent.push(Instant::now());
+            let many = recent.len() > 4 * usize::from(self.request.links);
+            let least = if many { RETRY / 10 } else { Duration::ZERO };
+            if !self.sleep(pause.max(least)) {
                 return;
             }
             let cancel = Cancel::new();
@@ -430,7 +436,10 @@ impl Server {
         shared.wake();
         let (id, link_cancel) = match attached {
             Ok(attached) => attached,
-            Err(answer) => return refuse(answer),
+            Err(answer) => {
+                self.forget(is_new);
+                return refuse(answer);
+            }
         };
         let welcome = Welcome {
             answer: Answer::Accepted,
@@ -440,6 +449,7 @@ impl Server {
         if let Err(error) = wire.write(&welcome.bytes(), &wait) {
             shared.lock().lose(id, "it ended at once", Instant::now());
             shared.wake();
+            self.forget(is_new);
             return Err(error.into());
         }
         let peer = wire.peer();
@@ -448,6 +458,13 @@ impl Server {
             watch(&shared);
             Session { shared, peer }
         }))
+    }
+
+    /// A session that was just made has not begun: another client may begin one.
+    fn forget(&self, is_new: bool) {
+        if is_new {
+            *self.lock() = None;
+        }
     }
 
     /// The session that a hello is for, and whether it is new.

@@ -152,10 +152,8 @@ impl Wire {
             };
         };
         let mut arrived = locked(&tls.arrived);
-        loop {
-            if decrypted(&mut locked(&tls.session), to)? {
-                return Ok(true);
-            }
+        let mut any = decrypted(&mut locked(&tls.session), to)?;
+        while !any {
             let n = match self.connection.read(&mut arrived, wait)? {
                 Received::Closed => return Ok(false),
                 Received::Bytes(n) => n,
@@ -165,11 +163,11 @@ impl Wire {
                 let mut session = locked(&tls.session);
                 session.read_tls(&mut rest).map_err(ConnectionError::Lost)?;
                 session.process_new_packets().map_err(refused)?;
-                if !rest.is_empty() {
-                    decrypted(&mut session, to)?;
-                }
+                // TLS keeps only a little for later.
+                any |= decrypted(&mut session, to)?;
             }
         }
+        Ok(true)
     }
 
     /// Reads until this many bytes are here.

@@ -73,6 +73,19 @@ fn a_session_over_tls_keeps_the_contract() {
 }
 
 #[test]
+fn much_arrives_over_tls_as_it_was() {
+    let request = several();
+    let (client, server) = keys();
+    let (client, server) = Listening::new(&request, server).pair(&request, client);
+    let bytes = pattern(64 << 20);
+    super::cut::carried(&client, &server, &bytes, || {});
+    super::cut::carried(&server, &client, &bytes, || {});
+    // No link was lost.
+    let (_, stream) = client.sent();
+    assert_eq!(stream, 64 << 20);
+}
+
+#[test]
 fn zeroes_and_text_are_sent_as_less_than_they_are() {
     let request = SessionRequest::new().compression(Compression::Zstd(1));
     let (client, server) = keys();
