@@ -18,6 +18,7 @@ pub(crate) use self::mock::{
     MockNewHostArgs, MockRenameArgs, MockShowArgs, MockWorkloadArgs, WorkloadArgs,
 };
 pub(crate) use self::remus::{OnLoss, RemusArgs};
+pub(crate) use self::session::{CompressArg, OfferArgs, SessionArgs, TlsArg};
 
 // Named, because `xtask` includes this file from another place.
 #[path = "args/images.rs"]
@@ -30,6 +31,8 @@ mod migrate;
 mod mock;
 #[path = "args/remus.rs"]
 mod remus;
+#[path = "args/session.rs"]
+mod session;
 
 const LONG_ABOUT: &str = "\
 Save, restore, migrate, inspect, verify and compare Xen domains and their images.

@@ -1,14 +1,17 @@
 //! The connection between the two ends of a migration: a command (usually ssh), a socket, or the
-//! stdin and stdout of a process that such a command has started.
+//! stdin and stdout of a process that such a command has started. `transport/session.rs` makes a
+//! session over several of them.
 //!
 //! C implementation: `create_migration_child`, `migration_child_report` in `tools/xl/xl_migrate.c`.
+
+mod session;
 
 use std::fs::{self, File};
 use std::io::{self, IsTerminal as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,11 +23,13 @@ use xsr_save_restore::migrate::connection::{
     Connection, ConnectionReader, Peer, PipeConnection, TcpConnection, UnixConnection, Wait,
 };
 use xsr_save_restore::migrate::messages::Reason;
+use xsr_save_restore::migrate::session::{KeyDirectory, ServerTls, SessionListener};
 
-use crate::args::{ConnectionArgs, Endpoint};
+use crate::args::{ConnectionArgs, Endpoint, MigrateArgs, OfferArgs, TlsArg};
 use crate::exit::BadUsage;
 use crate::file;
 use crate::interrupt::Interrupt;
+use crate::terminal::Terminal;
 use crate::xl::child;
 
 /// How long to wait for a command to end after hanging up. As in xl.
@@ -49,9 +54,41 @@ pub(crate) struct Link {
     /// The name of the other end.
     pub(crate) name: String,
     child: Option<Child>,
+    /// The connection through ssh, if the session has others: it stays open as long as the session.
+    pub(crate) beside: Option<Box<dyn Connection>>,
 }
 
 impl Link {
+    /// Connect to the receiver of a migration, with a session if the command line asks for one.
+    pub(crate) fn for_migration(
+        args: &MigrateArgs,
+        options: &[&str],
+        terminal: &Terminal,
+        interrupt: &Interrupt,
+        limit: Duration,
+    ) -> Result<Self> {
+        session::check(args)?;
+        let (through, host) = (&args.connection, &args.host);
+        if let Some(TlsArg::Directory(directory)) = &args.session.tls {
+            let endpoint = host.strip_prefix("tls:").unwrap_or(host);
+            let request = session::request(args);
+            let made = session::connect(&request, endpoint, directory, limit, interrupt);
+            let connection = made.with_context(|| host.clone())?;
+            return Ok(Self::socket(connection, host.clone()));
+        }
+        if !args.session.is_given() {
+            return Self::to_receiver(through, host, options, interrupt, limit);
+        }
+        let options = [options, &[session::OPTION]].concat();
+        let link = Self::to_receiver(through, host, &options, interrupt, limit)?;
+        let agreed = session::agree(args, link.connection, limit, terminal, interrupt)?;
+        Ok(Self {
+            connection: agreed.session,
+            beside: agreed.beside,
+            ..link
+        })
+    }
+
     /// Connect to the receiver that the command line names. A command also gets `options`.
     pub(crate) fn to_receiver(
         args: &ConnectionArgs,
@@ -60,7 +97,11 @@ impl Link {
         interrupt: &Interrupt,
         limit: Duration,
     ) -> Result<Self> {
-        if args.ssh == "ssh" && ["unix:", "tcp:"].iter().any(|p| host.starts_with(p)) {
+        if args.ssh == "ssh"
+            && ["unix:", "tcp:", "tls:"]
+                .iter()
+                .any(|p| host.starts_with(p))
+        {
             let endpoint: Endpoint = host
                 .parse()
                 .map_err(|e| Error::new(BadUsage(format!("{host}: {e}"))))?;
@@ -97,6 +138,7 @@ impl Link {
             connection: Box::new(connection.context("the pipes to sh")?),
             name: rune.to_owned(),
             child: Some(child),
+            beside: None,
         })
     }
 
@@ -111,6 +153,10 @@ impl Link {
                 let name = format!("tcp:{address}");
                 let stream = interrupt.wait_for(limit, move || TcpStream::connect(address))?;
                 Self::tcp(stream, name)?
+            }
+            Endpoint::Tls(_) => {
+                let why = "tls: is for `xsr migrate`, with --tls DIR";
+                return Err(Error::new(BadUsage(why.to_owned())));
             }
         })
     }
@@ -130,6 +176,7 @@ impl Link {
             connection,
             name,
             child: None,
+            beside: None,
         }
     }
 
@@ -156,6 +203,22 @@ impl Link {
             connection: Box::new(connection.context("stdin and stdout")?),
             name: "stdin".to_owned(),
             child: None,
+            beside: None,
+        })
+    }
+
+    /// A session that the sender and this process, which it has started, agree on.
+    pub(crate) fn offered(
+        args: &OfferArgs,
+        answer: Duration,
+        interrupt: &Interrupt,
+    ) -> Result<Self> {
+        let stdio = Self::stdio()?;
+        let agreed = session::offered(args, stdio.connection, answer, interrupt)?;
+        Ok(Self {
+            connection: agreed.session,
+            beside: agreed.beside,
+            ..stdio
         })
     }
 
@@ -175,6 +238,7 @@ impl Link {
     /// Waits only a moment for it.
     pub(crate) fn hang_up(self) -> String {
         drop(self.connection);
+        drop(self.beside);
         let ended = self.child.map_or(Ok(None), Self::outlive);
         let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
         ended.map_or_else(String::new, |ended| format!(" (`{}` {ended})", self.name))
@@ -225,6 +289,7 @@ pub(crate) struct Listener {
 enum Socket {
     Unix(UnixListener, SocketFile),
     Tcp(TcpListener),
+    Tls(SessionListener, ServerTls),
 }
 
 /// The path of a socket, removed on drop.
@@ -240,8 +305,9 @@ impl Drop for SocketFile {
 }
 
 impl Listener {
-    /// Listen on the endpoint. Only its owner can connect to a Unix socket.
-    pub(crate) fn bind(endpoint: &Endpoint) -> Result<Self> {
+    /// Listen on the endpoint. Only its owner can connect to a Unix socket; only a sender that the
+    /// directory allows to a session.
+    pub(crate) fn bind(endpoint: &Endpoint, directory: Option<&Path>) -> Result<Self> {
         match endpoint {
             Endpoint::Unix(path) => {
                 let before = umask(Mode::from_bits_truncate(0o077));
@@ -267,6 +333,20 @@ impl Listener {
                     name,
                 })
             }
+            Endpoint::Tls(address) => {
+                let directory = directory.ok_or_else(|| {
+                    let why = "--listen tls: needs --tls DIR, a directory with ca.pem, cert.pem, \
+                               key.pem and allow";
+                    Error::new(BadUsage(why.to_owned()))
+                })?;
+                let tls = KeyDirectory::open(directory)?.server()?;
+                let listener = session::listen(address)?;
+                let name = format!("tls:{}", listener.address()?);
+                Ok(Self {
+                    socket: Socket::Tls(listener, tls),
+                    name,
+                })
+            }
         }
     }
 
@@ -275,8 +355,9 @@ impl Listener {
         &self.name
     }
 
-    /// Wait for a sender. No further sender is accepted.
-    pub(crate) fn accept(self, interrupt: &Interrupt) -> Result<Link> {
+    /// Wait for a sender. No further sender is accepted. A session that has lost its connections is
+    /// kept for `answer` at most.
+    pub(crate) fn accept(self, answer: Duration, interrupt: &Interrupt) -> Result<Link> {
         match self.socket {
             Socket::Unix(listener, _file) => {
                 interrupt.wait_readable(&listener)?;
@@ -287,6 +368,11 @@ impl Listener {
                 interrupt.wait_readable(&listener)?;
                 let (stream, peer) = listener.accept()?;
                 Link::tcp(stream, format!("tcp:{peer}"))
+            }
+            Socket::Tls(listener, tls) => {
+                let connection = session::accept(listener, tls, answer, interrupt)?;
+                let name = connection.peer().to_string();
+                Ok(Link::socket(connection, name))
             }
         }
     }

@@ -9,14 +9,17 @@ use std::str::FromStr;
 
 use clap::Args;
 
-use super::{BackendArg, MemorySize, ProgressArg, TargetArgs, ThreadsArg};
+use super::{BackendArg, MemorySize, OfferArgs, ProgressArg, SessionArgs, TargetArgs, ThreadsArg};
 
 /// Move a domain to another host, as `xl migrate` does
 ///
 /// HOST is a host name for ssh, which runs `xsr migrate-receive` there, or the address of a
-/// receiver that listens: `unix:PATH`, `tcp:ADDRESS:PORT`. The domain runs here while its memory is
+/// receiver that listens: `unix:PATH`, `tcp:ADDRESS:PORT`, `tls:ADDRESS:PORT`. The domain runs here while its memory is
 /// sent. Then it is suspended, the rest is sent, and it runs on HOST. If anything fails before
 /// that, it runs on here.
+///
+/// With --connections, --compress, --tls or --reconnect, the two ends exchange keys through ssh and
+/// connect directly. If that is impossible, everything goes through ssh (docs/session.md).
 ///
 /// If the connection breaks after this host has told HOST to run the domain, but before HOST has
 /// reported that it does, this host cannot know which is true. The domain stays here, suspended,
@@ -35,6 +38,7 @@ Examples:
   xsr migrate --max-downtime 100 --on-timeout cancel web other.example.org
   xsr migrate --backend mock:/tmp/lab web other.example.org
   xsr migrate --backend mock:/tmp/lab --max-downtime 50 web other.example.org
+  xsr migrate --backend mock:/tmp/lab --compress auto --connections 2 web other
   xsr migrate --backend mock:/tmp/lab web unix:/tmp/migrate.sock
   xsr migrate --backend mock:/tmp/lab -s '' web 'xsr migrate-receive --backend mock:/tmp/b'")]
 pub(crate) struct MigrateArgs {
@@ -69,6 +73,8 @@ pub(crate) struct MigrateArgs {
     pub(crate) threads: ThreadsArg,
     #[command(flatten)]
     pub(crate) connection: ConnectionArgs,
+    #[command(flatten)]
+    pub(crate) session: SessionArgs,
     #[command(flatten)]
     pub(crate) backend: BackendArg,
     #[command(flatten)]
@@ -133,10 +139,12 @@ pub(crate) struct ReceiveArgs {
     /// crash when it uses one (docs/cpu.md)
     #[arg(long)]
     pub(crate) force: bool,
-    /// Wait at this address for one migration: `unix:PATH` or `tcp:ADDRESS:PORT` (port 0: any free
-    /// port)
+    /// Wait at this address for one migration: `unix:PATH`, `tcp:ADDRESS:PORT`, or
+    /// `tls:ADDRESS:PORT`, which needs --tls (port 0: any free port)
     #[arg(long, value_name = "WHERE")]
     pub(crate) listen: Option<Endpoint>,
+    #[command(flatten)]
+    pub(crate) offer: OfferArgs,
     /// Receive the checkpoints of a domain that `remus` protects, and run the last one if the other
     /// host is lost
     #[arg(short = 'r', group = "standing_by", conflicts_with = "colo")]
@@ -202,6 +210,8 @@ pub(crate) enum Endpoint {
     Unix(PathBuf),
     /// `tcp:ADDRESS:PORT`; the address may be a name, or IPv6 in brackets.
     Tcp(String),
+    /// `tls:ADDRESS:PORT`, likewise: a session (docs/session.md).
+    Tls(String),
 }
 
 impl FromStr for Endpoint {
@@ -211,13 +221,17 @@ impl FromStr for Endpoint {
         match text.split_once(':') {
             Some(("unix", "")) => Err("expected a path after `unix:`".to_owned()),
             Some(("unix", path)) => Ok(Self::Unix(PathBuf::from(path))),
-            Some(("tcp", rest)) => match rest.rsplit_once(':') {
+            Some((kind @ ("tcp" | "tls"), rest)) => match rest.rsplit_once(':') {
                 Some((address, port)) if !address.is_empty() && port.parse::<u16>().is_ok() => {
-                    Ok(Self::Tcp(rest.to_owned()))
+                    let rest = rest.to_owned();
+                    Ok(match kind {
+                        "tcp" => Self::Tcp(rest),
+                        _ => Self::Tls(rest),
+                    })
                 }
-                _ => Err("expected ADDRESS:PORT after `tcp:`".to_owned()),
+                _ => Err(format!("expected ADDRESS:PORT after `{kind}:`")),
             },
-            _ => Err("expected unix:PATH or tcp:ADDRESS:PORT".to_owned()),
+            _ => Err("expected unix:PATH, tcp:ADDRESS:PORT or tls:ADDRESS:PORT".to_owned()),
         }
     }
 }

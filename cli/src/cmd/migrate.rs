@@ -115,11 +115,12 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let options = options.into_iter().filter_map(|(on, o)| on.then_some(o));
     let options: Vec<&str> = options.collect();
     let (interrupt, limit) = (watch.interrupt(), sender.answer());
-    let link = Link::to_receiver(&args.connection, &args.host, &options, interrupt, limit)
-        .map_err(|error| match error.is::<BadUsage>() {
+    let link = Link::for_migration(args, &options, terminal, interrupt, limit).map_err(
+        |error| match error.is::<BadUsage>() {
             true => error,
             false => sender.failed(Failure::Here(exit::words(error.chain())), ""),
-        })?;
+        },
+    )?;
     let sent = sender.send(&*link.connection, watch);
     watch.clear();
     drop(working);

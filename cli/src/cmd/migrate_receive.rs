@@ -78,14 +78,18 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     Left::work().until_the_end();
     // Before a sender is accepted, so that it does not send a domain in vain.
     let host = Hypervisor::open_or_create(&args.backend.backend)?;
+    let answer = Duration::from_secs(args.answer_timeout.into());
     let link = match &args.listen {
+        None if args.offer.session => Link::offered(&args.offer, answer, watch.interrupt())?,
         None => Link::stdio()?,
         Some(endpoint) => {
-            let listener = Listener::bind(endpoint)?;
+            let listener = Listener::bind(endpoint, args.offer.tls.as_deref())?;
             terminal.say(&format!("migrate-receive: waiting at {}", listener.name()));
-            listener.accept(watch.interrupt())?
+            listener.accept(answer, watch.interrupt())?
         }
     };
+    // Until the session is closed.
+    let _beside = link.beside;
     let started = Instant::now();
     let receiver = Receiver {
         args,

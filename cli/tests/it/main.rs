@@ -30,6 +30,7 @@ mod peer;
 mod progress;
 mod remus;
 mod rework;
+mod session;
 mod signals;
 mod terminal;
 mod through_xl;
