@@ -5,6 +5,8 @@ mod remedy;
 use std::process::ExitCode;
 use std::{fmt, io};
 
+use clap::builder::StyledStr;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use nix::errno::Errno;
 use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_save_restore::RestoreError;
@@ -306,8 +308,34 @@ fn any_ends_early<'e>(
     found.is_some_and(|error| matches!(error.cause, ReadErrorCause::Truncated { .. }))
 }
 
+/// Words of xl and other tools, and the commands of xsr for them, which are not similar words.
+const OTHER_WORDS: [(&str, &str); 6] = [
+    ("check", "verify"),
+    ("destroy", "mock destroy"),
+    ("info", "inspect"),
+    ("list", "mock list"),
+    ("ls", "mock list"),
+    ("show", "inspect"),
+];
+
+/// Adds a tip to the error for a command that xsr does not have.
+fn suggest(error: &mut clap::Error) {
+    if error.kind() != ErrorKind::InvalidSubcommand {
+        return;
+    }
+    let Some(ContextValue::String(word)) = error.get(ContextKind::InvalidSubcommand) else {
+        return;
+    };
+    let known = OTHER_WORDS.iter().find(|(other, _)| other == word);
+    if let Some((_, ours)) = known {
+        let tip = StyledStr::from(format!("the command for that is 'xsr {ours}'"));
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip]));
+    }
+}
+
 /// Print clap's output (help and version are not failures).
-pub(crate) fn command_line(error: &clap::Error) -> Code {
+pub(crate) fn command_line(mut error: clap::Error) -> Code {
+    suggest(&mut error);
     let code = match error.use_stderr() {
         true => Code::Usage,
         false => Code::Fine,
@@ -326,6 +354,27 @@ mod tests {
     use anyhow::Context as _;
 
     use super::*;
+
+    #[test]
+    fn a_word_of_another_tool_leads_to_the_command() {
+        use clap::CommandFactory as _;
+
+        for (word, ours) in OTHER_WORDS {
+            let cli = crate::args::Cli::command();
+            let mut error = cli
+                .clone()
+                .try_get_matches_from(["xsr", word])
+                .expect_err("there is no such command");
+            suggest(&mut error);
+            let said = error.to_string();
+            assert!(said.contains(&format!("'xsr {ours}'")), "{said}");
+            let mut command = &cli;
+            for name in ours.split(' ') {
+                let found = command.find_subcommand(name);
+                command = found.expect("a command of xsr");
+            }
+        }
+    }
 
     #[test]
     fn a_name_in_a_failure_makes_no_line_of_its_own() {

@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 fn command() -> ExitCode {
     let cli = match version::parse().and_then(args::Cli::settle) {
         Ok(cli) => cli,
-        Err(e) => return exit::command_line(&e).into(),
+        Err(e) => return exit::command_line(e).into(),
     };
     let terminal = Terminal::new(cli.global.verbose, cli.global.quiet);
     let json = cli.command.json();

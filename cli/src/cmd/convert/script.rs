@@ -32,7 +32,7 @@ pub(crate) fn main() -> ExitCode {
     let args = match ScriptArgs::try_parse() {
         Ok(args) => args,
         Err(e) => {
-            return match exit::command_line(&e) {
+            return match exit::command_line(e) {
                 Code::Fine => ExitCode::SUCCESS,
                 _ => ExitCode::from(1),
             };
