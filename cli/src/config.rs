@@ -9,8 +9,9 @@ use std::path::Path;
 
 use anyhow::Error;
 use serde_json::Value;
+pub(crate) use xsr_format::config::max_pages;
+use xsr_format::config::{ConfiguredKind, DomainConfig};
 use xsr_format::guest_image::{MAX_HVM_VCPUS, MAX_PV_VCPUS};
-use xsr_format::wrapper::xl::check_config_length;
 use xsr_xen_backend::{GuestKind, Uuid};
 
 use crate::exit::{BadImage, BadUsage};
@@ -33,10 +34,6 @@ pub(crate) struct Config {
     pub(crate) video_memory_kib: u64,
 }
 
-/// Memory that libxl lets every domain have beyond its configuration, in KiB
-/// (`LIBXL_MAXMEM_CONSTANT`): room for pages of rings and tables.
-const SLACK_KIB: u64 = 1024;
-
 impl Config {
     /// Read a configuration.
     ///
@@ -45,47 +42,19 @@ impl Config {
     /// It is longer than [`xsr_format::wrapper::xl::MAX_CONFIG`], which limits the memory for
     /// parsing its JSON; it is not JSON; or something that a domain needs is missing.
     pub(crate) fn parse(json: &str) -> Result<Self, BadImage> {
-        check_config_length(json.len()).map_err(|e| BadImage(e.to_string()))?;
-        let bad = |what: String| BadImage(format!("the domain's configuration {what}"));
-        let value: Value =
-            serde_json::from_str(json).map_err(|e| bad(format!("is not valid JSON: {e}")))?;
-        let text = |at: &str| Some(value.pointer(at)?.as_str()?.to_owned());
-        let number = |at: &str| value.pointer(at).and_then(Value::as_u64);
-        let missing = |what: &str| bad(format!("has no {what}; xl would refuse it too"));
-        let kind = match text("/c_info/type").as_deref() {
-            Some("pv") => GuestKind::Pv,
-            Some("hvm") => GuestKind::Hvm,
-            Some("pvh") => GuestKind::Pvh,
-            Some(other) => {
-                let other = other.escape_debug();
-                return Err(bad(format!(
-                    "has c_info.type \"{other}\", expected pv, hvm or pvh"
-                )));
-            }
-            None => return Err(missing("c_info.type")),
-        };
-        let most = most_vcpus(kind);
-        let vcpus = match number("/b_info/max_vcpus") {
-            None => 1,
-            Some(vcpus) => u32::try_from(vcpus)
-                .ok()
-                .filter(|vcpus| (1..=most).contains(vcpus))
-                .ok_or_else(|| {
-                    bad(format!(
-                        "has b_info.max_vcpus {vcpus}, expected 1 to {most}"
-                    ))
-                })?,
-        };
+        let config = DomainConfig::parse(json)
+            .map_err(|e| BadImage(format!("the domain's configuration {e}")))?;
         Ok(Self {
-            name: text("/c_info/name")
-                .filter(|name| !name.is_empty())
-                .ok_or_else(|| missing("c_info.name"))?,
-            uuid: text("/c_info/uuid"),
-            kind,
-            vcpus,
-            max_memory_kib: number("/b_info/max_memkb")
-                .ok_or_else(|| missing("b_info.max_memkb"))?,
-            video_memory_kib: number("/b_info/video_memkb").unwrap_or(0),
+            kind: match config.kind {
+                ConfiguredKind::Pv => GuestKind::Pv,
+                ConfiguredKind::Hvm => GuestKind::Hvm,
+                ConfiguredKind::Pvh => GuestKind::Pvh,
+            },
+            name: config.name,
+            uuid: config.uuid,
+            vcpus: config.vcpus,
+            max_memory_kib: config.max_memory_kib,
+            video_memory_kib: config.video_memory_kib,
         })
     }
 
@@ -101,11 +70,6 @@ pub(crate) fn most_vcpus(kind: GuestKind) -> u32 {
         GuestKind::Pv => MAX_PV_VCPUS,
         GuestKind::Hvm | GuestKind::Pvh => MAX_HVM_VCPUS,
     }
-}
-
-/// The most pages of a domain with this much memory.
-pub(crate) fn max_pages(kib: u64) -> u64 {
-    kib.saturating_add(SLACK_KIB).div_ceil(4)
 }
 
 /// The configuration that xl would keep for a domain that it has created.

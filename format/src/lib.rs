@@ -113,6 +113,14 @@
 //! nothing. Run a reader on a thread of its own: under tokio, with `spawn_blocking`. Give it the
 //! blocking form of the socket (`into_std`, then `set_nonblocking(false)`). All types are `Send` if
 //! their source is, and hold no locks.
+//!
+//! # Features
+//!
+//! None is enabled by default.
+//!
+//! | feature | what it adds | dependency |
+//! |---|---|---|
+//! | `config` | the module `config`: the domain's configuration in an xl image as typed values | serde_json |
 
 #![forbid(unsafe_code)]
 #![deny(
@@ -123,6 +131,8 @@
 )]
 
 pub mod byte_order;
+#[cfg(feature = "config")]
+pub mod config;
 pub mod core_dump;
 pub mod cpu_policy;
 mod decoder;

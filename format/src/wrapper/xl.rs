@@ -521,7 +521,7 @@ impl XlHeader {
 /// # Errors
 ///
 /// It is longer than [`MAX_CONFIG`].
-pub fn check_config_length(bytes: usize) -> Result<(), XlError> {
+pub(crate) fn check_config_length(bytes: usize) -> Result<(), XlError> {
     match bytes <= MAX_CONFIG as usize {
         true => Ok(()),
         false => Err(XlError::ConfigTooLong {

@@ -1,0 +1,165 @@
+//! The domain's configuration in an xl image: what a restorer needs of libxl's JSON. Needs the
+//! feature `config`.
+//!
+//! The image keeps the text byte for byte ([`XlHeader::json`](crate::XlHeader::json)). This is a
+//! view of it; keys that are not listed here are ignored.
+//!
+//! C implementation: `libxl_domain_config` in `tools/libs/light/libxl_types.idl`.
+
+use serde_json::Value;
+use thiserror::Error;
+
+use crate::guest_image::{MAX_HVM_VCPUS, MAX_PV_VCPUS};
+use crate::wrapper::xl::MAX_CONFIG;
+
+/// What a configuration says about the domain to create.
+///
+/// ```
+/// use xsr_format::config::{ConfiguredKind, DomainConfig};
+///
+/// let json = r#"{
+///     "c_info": { "type": "pvh", "name": "web" },
+///     "b_info": { "max_vcpus": 2, "max_memkb": 8192 }
+/// }"#;
+/// let config = DomainConfig::parse(json)?;
+/// assert_eq!((config.name.as_str(), config.kind), ("web", ConfiguredKind::Pvh));
+/// assert_eq!((config.vcpus, config.max_pages()), (2, 2048 + 256));
+/// # Ok::<(), xsr_format::config::ConfigError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DomainConfig {
+    /// `c_info.name`; not empty.
+    pub name: String,
+    /// `c_info.uuid`, unchecked.
+    pub uuid: Option<String>,
+    /// `c_info.type`
+    pub kind: ConfiguredKind,
+    /// `b_info.max_vcpus`; 1 by default, as in libxl.
+    pub vcpus: u32,
+    /// `b_info.max_memkb`
+    pub max_memory_kib: u64,
+    /// `b_info.video_memkb`, which is added to the domain's memory; 0 by default.
+    pub video_memory_kib: u64,
+}
+
+/// The kind of domain that a configuration names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfiguredKind {
+    /// `pv`
+    Pv,
+    /// `hvm`
+    Hvm,
+    /// `pvh`
+    Pvh,
+}
+
+impl ConfiguredKind {
+    /// Maximum number of vcpus that Xen lets such a domain have.
+    pub const fn max_vcpus(self) -> u32 {
+        match self {
+            Self::Pv => MAX_PV_VCPUS,
+            Self::Hvm | Self::Pvh => MAX_HVM_VCPUS,
+        }
+    }
+}
+
+/// What is wrong with a configuration. The text continues a sentence: "the configuration …".
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// It is longer than [`MAX_CONFIG`], which limits the memory for parsing.
+    #[error("has {got} bytes, expected at most {MAX_CONFIG}")]
+    TooLong {
+        /// Its length in bytes.
+        got: u64,
+    },
+    /// It is not JSON.
+    #[error("is not valid JSON: {message}")]
+    NotJson {
+        /// What the parser says, with line and column.
+        message: String,
+    },
+    /// A key that every configuration has is missing.
+    #[error("has no {key}; xl would refuse it too")]
+    Missing {
+        /// The key, with those around it.
+        key: &'static str,
+    },
+    /// An unknown kind of domain.
+    #[error("has c_info.type \"{}\", expected pv, hvm or pvh", got.escape_debug())]
+    Kind {
+        /// The value found.
+        got: String,
+    },
+    /// A number of vcpus that Xen does not accept.
+    #[error("has b_info.max_vcpus {got}, expected 1 to {max}")]
+    Vcpus {
+        /// The value found.
+        got: u64,
+        /// The limit.
+        max: u32,
+    },
+}
+
+/// Memory that libxl lets every domain have beyond its configuration, in KiB
+/// (`LIBXL_MAXMEM_CONSTANT`): room for pages of rings and tables.
+const SLACK_KIB: u64 = 1024;
+
+impl DomainConfig {
+    /// Reads a configuration.
+    ///
+    /// # Errors
+    ///
+    /// See [`ConfigError`].
+    pub fn parse(json: &str) -> Result<Self, ConfigError> {
+        let got = json.len() as u64;
+        if got > u64::from(MAX_CONFIG) {
+            return Err(ConfigError::TooLong { got });
+        }
+        let value: Value = serde_json::from_str(json).map_err(|e| ConfigError::NotJson {
+            message: e.to_string(),
+        })?;
+        let text = |at: &str| Some(value.pointer(at)?.as_str()?.to_owned());
+        let number = |at: &str| value.pointer(at).and_then(Value::as_u64);
+        let missing = |key| ConfigError::Missing { key };
+        let kind = match text("/c_info/type") {
+            None => return Err(missing("c_info.type")),
+            Some(got) => match got.as_str() {
+                "pv" => ConfiguredKind::Pv,
+                "hvm" => ConfiguredKind::Hvm,
+                "pvh" => ConfiguredKind::Pvh,
+                _ => return Err(ConfigError::Kind { got }),
+            },
+        };
+        let max = kind.max_vcpus();
+        let vcpus = match number("/b_info/max_vcpus") {
+            None => 1,
+            Some(got) => u32::try_from(got)
+                .ok()
+                .filter(|vcpus| (1..=max).contains(vcpus))
+                .ok_or(ConfigError::Vcpus { got, max })?,
+        };
+        Ok(Self {
+            name: text("/c_info/name")
+                .filter(|name| !name.is_empty())
+                .ok_or_else(|| missing("c_info.name"))?,
+            uuid: text("/c_info/uuid"),
+            kind,
+            vcpus,
+            max_memory_kib: number("/b_info/max_memkb")
+                .ok_or_else(|| missing("b_info.max_memkb"))?,
+            video_memory_kib: number("/b_info/video_memkb").unwrap_or(0),
+        })
+    }
+
+    /// Maximum number of pages that the domain may have.
+    pub fn max_pages(&self) -> u64 {
+        max_pages(self.max_memory_kib.saturating_add(self.video_memory_kib))
+    }
+}
+
+/// Maximum number of pages of a domain with `kib` KiB of memory, as libxl sets it.
+pub const fn max_pages(kib: u64) -> u64 {
+    kib.saturating_add(SLACK_KIB).div_ceil(4)
+}
