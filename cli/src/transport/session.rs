@@ -157,7 +157,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn unhex(text: &str) -> Option<Vec<u8>> {
-    if text.len() % 2 != 0 || text.len() > 2 * OneTimeKey::LONGEST {
+    if !text.len().is_multiple_of(2) || text.len() > 2 * OneTimeKey::LONGEST {
         return None;
     }
     let pairs = text.as_bytes().chunks(2);
