@@ -108,6 +108,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("checkpoint_live", "pvh"),
     more("checkpoint_live", "pvh2"),
     more("checkpoint_live", "hvmpv"),
+    more("checkpoint_mapped", "pvh"),
+    more("checkpoint_mapped", "pvh2"),
+    more("checkpoint_mapped", "hvmpv"),
     smoke("parity", "pv"),
     smoke("parity", "pvh"),
     more("parity", "hvm"),
@@ -273,6 +276,10 @@ const KINDS: &[(&str, &str)] = &[
     (
         "checkpoint_live",
         "the same while the guest runs (XSR_LIVE), and the stock helper restores the image",
+    ),
+    (
+        "checkpoint_mapped",
+        "the same in the mapped layout (XSR_LAYOUT), which xsr verify --deep finds whole",
     ),
     (
         "parity",
