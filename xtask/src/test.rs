@@ -59,8 +59,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     }
     let nextest = Invocation::cargo().args(["nextest", "--version"]);
     let mut runner = match nextest.succeeds() {
-        true => Invocation::cargo().args(["nextest", "run"]),
-        false => Invocation::cargo().args(["test", "--tests"]),
+        true => Invocation::cargo().args(["nextest", "run", "--no-fail-fast"]),
+        false => Invocation::cargo().args(["test", "--tests", "--no-fail-fast"]),
     };
     runner = runner.args(args.selection()).args(&args.filter);
     if std::env::var_os(peer::VARIABLE).is_none() {
