@@ -5,8 +5,8 @@
 //! | [`detect`] | the width of the toolstack that wrote it |
 //! | [`chunk`] | the markers of chunks |
 //! | [`read`] | the pull parser |
-//! | [`compress`] | pages that Remus sent as differences |
-//! | [`toolstack`] | libxl's physmap in the toolstack chunk |
+//! | `compress` | pages that Remus sent as differences |
+//! | `toolstack` | libxl's physmap in the toolstack chunk |
 //! | [`convert`] | the same guest as a stream of version 3 |
 //!
 //! A specification never existed. Layout: `tools/python/xen/migration/legacy.py`. What a saver

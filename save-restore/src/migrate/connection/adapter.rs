@@ -22,15 +22,26 @@ use crate::source::{Extent, LookAhead, PageSource, copy_pages};
 /// How long the calls of an adapter may wait: one call as `each` says, all calls together until a
 /// time on the connection's clock.
 #[derive(Clone, Copy, Debug)]
-struct Waits<'a> {
+pub(in crate::migrate) struct Waits<'a> {
     each: Wait<'a>,
     /// The start, and how long.
     within: Option<(Duration, Duration)>,
 }
 
 impl<'a> Waits<'a> {
+    /// All calls together may take what `wait` gives to one.
+    pub(in crate::migrate) fn together(wait: &Wait<'a>, connection: &dyn Connection) -> Self {
+        Self {
+            each: Wait {
+                at_most: None,
+                ..*wait
+            },
+            within: wait.at_most.map(|limit| (connection.clock(), limit)),
+        }
+    }
+
     /// How long the next call may wait.
-    fn next(self, connection: &dyn Connection) -> Wait<'a> {
+    pub(in crate::migrate) fn next(self, connection: &dyn Connection) -> Wait<'a> {
         let Some((since, limit)) = self.within else {
             return self.each;
         };
@@ -47,7 +58,7 @@ impl<'a> Waits<'a> {
     }
 
     /// The error of a call; it names the limit of all calls together if that was reached.
-    fn words(self, error: ConnectionError) -> ConnectionError {
+    pub(in crate::migrate) fn words(self, error: ConnectionError) -> ConnectionError {
         use ConnectionError::TimedOut;
         match (error, self.within) {
             (TimedOut(Overdue::NoAnswer(_)), Some((_, limit))) => {
@@ -273,16 +284,9 @@ pub(crate) fn copy_gather(
             Ok(())
         }
     }
-    let within = wait.at_most.map(|limit| (connection.clock(), limit));
     let mut out = Out {
         connection,
-        waits: Waits {
-            each: Wait {
-                at_most: None,
-                ..*wait
-            },
-            within,
-        },
+        waits: Waits::together(wait, connection),
         error: None,
     };
     match list.copy_to(&mut out) {

@@ -3,7 +3,7 @@
 use std::io::{self, Read as _, Write as _};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::migrate::connection::{Connection, ConnectionError, Peer, Received, Wait};
+use crate::migrate::connection::{Connection, ConnectionError, Peer, Received, Wait, Waits};
 
 use super::frame::LONGEST;
 
@@ -89,7 +89,8 @@ impl Wire {
         }
     }
 
-    /// A link with TLS; both ends authenticate within the time of `wait` for each call.
+    /// A link with TLS; both ends authenticate within the time of `wait`, however slowly bytes
+    /// come.
     ///
     /// # Errors
     ///
@@ -102,12 +103,14 @@ impl Wire {
         // What is written at once is a frame.
         session.set_buffer_limit(None);
         let mut room = vec![0; READ_ENCRYPTED];
+        let waits = Waits::together(wait, &*connection);
         while session.is_handshaking() {
-            send(&*connection, &mut session, &mut Vec::new(), wait)?;
+            send(&*connection, &mut session, waits)?;
             if !session.is_handshaking() {
                 break;
             }
-            let n = match connection.read(&mut room, wait)? {
+            let read = connection.read(&mut room, &waits.next(&*connection));
+            let n = match read.map_err(|error| waits.words(error))? {
                 Received::Closed => {
                     return Err(ConnectionError::Lost(io::ErrorKind::UnexpectedEof.into()));
                 }
@@ -118,13 +121,13 @@ impl Wire {
                 session.read_tls(&mut rest).map_err(ConnectionError::Lost)?;
                 if let Err(error) = session.process_new_packets() {
                     // The peer learns why, if it still listens.
-                    let told = send(&*connection, &mut session, &mut Vec::new(), wait);
+                    let told = send(&*connection, &mut session, waits);
                     tracing::debug!(?told, "an alert");
                     return Err(refused(error));
                 }
             }
         }
-        send(&*connection, &mut session, &mut Vec::new(), wait)?;
+        send(&*connection, &mut session, waits)?;
         Ok(Self {
             connection,
             tls: Some(Tls {
@@ -151,10 +154,13 @@ impl Wire {
                 }
             };
         };
+        let waits = Waits::together(wait, &*self.connection);
         let mut arrived = locked(&tls.arrived);
         let mut any = decrypted(&mut locked(&tls.session), to)?;
         while !any {
-            let n = match self.connection.read(&mut arrived, wait)? {
+            let wait = waits.next(&*self.connection);
+            let read = self.connection.read(&mut arrived, &wait);
+            let n = match read.map_err(|error| waits.words(error))? {
                 Received::Closed => return Ok(false),
                 Received::Bytes(n) => n,
             };
@@ -170,15 +176,17 @@ impl Wire {
         Ok(true)
     }
 
-    /// Reads until this many bytes are here.
+    /// Reads until this many bytes are here, within the time of `wait`.
     pub(super) fn read_whole(
         &self,
         to: &mut Inbox,
         bytes: usize,
         wait: &Wait<'_>,
     ) -> Result<(), ConnectionError> {
+        let waits = Waits::together(wait, &*self.connection);
         while to.bytes().len() < bytes {
-            if !self.read(to, wait)? {
+            let read = self.read(to, &waits.next(&*self.connection));
+            if !read.map_err(|error| waits.words(error))? {
                 return Err(ConnectionError::Lost(io::ErrorKind::UnexpectedEof.into()));
             }
         }
@@ -187,8 +195,9 @@ impl Wire {
 
     /// Writes all of it.
     pub(super) fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<(), ConnectionError> {
+        let waits = Waits::together(wait, &*self.connection);
         let Some(tls) = &self.tls else {
-            return write_all(&*self.connection, bytes, wait);
+            return write_all(&*self.connection, bytes, waits);
         };
         let mut written = locked(&tls.written);
         written.clear();
@@ -198,7 +207,7 @@ impl Wire {
             all.map_err(ConnectionError::Local)?;
             encrypted(&mut session, &mut written)?;
         }
-        write_all(&*self.connection, &written, wait)
+        write_all(&*self.connection, &written, waits)
     }
 }
 
@@ -230,20 +239,21 @@ fn encrypted(session: &mut rustls::Connection, to: &mut Vec<u8>) -> Result<(), C
 fn send(
     connection: &dyn Connection,
     session: &mut rustls::Connection,
-    room: &mut Vec<u8>,
-    wait: &Wait<'_>,
+    waits: Waits<'_>,
 ) -> Result<(), ConnectionError> {
-    encrypted(session, room)?;
-    write_all(connection, room, wait)
+    let mut room = Vec::new();
+    encrypted(session, &mut room)?;
+    write_all(connection, &room, waits)
 }
 
 fn write_all(
     connection: &dyn Connection,
     mut bytes: &[u8],
-    wait: &Wait<'_>,
+    waits: Waits<'_>,
 ) -> Result<(), ConnectionError> {
     while !bytes.is_empty() {
-        let written = connection.write(bytes, wait)?;
+        let written = connection.write(bytes, &waits.next(connection));
+        let written = written.map_err(|error| waits.words(error))?;
         bytes = &bytes[written..];
     }
     Ok(())

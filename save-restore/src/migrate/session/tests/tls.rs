@@ -1,6 +1,7 @@
 //! Links with TLS: who gets in, and who does not.
 
 use std::fs;
+use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -83,6 +84,30 @@ fn much_arrives_over_tls_as_it_was() {
     // No link was lost.
     let (_, stream) = client.sent();
     assert_eq!(stream, 64 << 20);
+}
+
+/// A client that sends a byte now and then, before the handshake and after it, gets no longer than
+/// one that sends nothing.
+#[test]
+fn a_slow_client_holds_its_place_no_longer_than_the_limit() {
+    let (_, tls) = keys();
+    let limit = Duration::from_millis(200);
+    let (client, server) = UnixStream::pair().unwrap();
+    let mut client = client;
+    // The beginning of a record of 512 bytes, and then a byte every 20 ms: 10 s in all.
+    let slow = thread::spawn(move || {
+        let mut sent = client.write_all(&[0x16, 3, 1, 2, 0]);
+        while sent.is_ok() {
+            thread::park_timeout(Duration::from_millis(20));
+            sent = client.write_all(&[0]);
+        }
+    });
+    let begun = Instant::now();
+    let connection = Box::new(UnixConnection::new(server).unwrap());
+    let error = tls.secure(connection, limit, &Cancel::new()).unwrap_err();
+    assert!(matches!(error, ConnectionError::TimedOut(_)), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    slow.join().unwrap();
 }
 
 #[test]
