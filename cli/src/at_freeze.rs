@@ -371,6 +371,8 @@ fn safe(path: &Path, found: &Metadata, is_directory: bool) -> Result<(), String>
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+    use std::error::Error as _;
+
     use super::*;
 
     /// A program that runs `does` in phase `frozen`, and then writes the phase to a file.
@@ -413,10 +415,8 @@ mod tests {
         // The last pass takes longer than the program.
         thread::sleep(Duration::from_millis(3000));
         let error = program.check().unwrap_err();
-        assert!(
-            error.to_string().contains("not ended within 1 s"),
-            "{error}"
-        );
+        let cause = error.source().unwrap().to_string();
+        assert!(cause.contains("not ended within 1 s"), "{cause}");
         assert!(!told.exists());
         program.conclude();
         assert_eq!(fs::read_to_string(told).unwrap(), "failed\n");
@@ -442,6 +442,7 @@ mod tests {
             }
             assert!(began.elapsed() < LONG);
         };
-        assert!(error.to_string().contains("exit status: 3"), "{error}");
+        let cause = error.source().unwrap().to_string();
+        assert!(cause.contains("exit status: 3"), "{cause}");
     }
 }

@@ -142,12 +142,7 @@ fn a_live_save_is_for_the_helper() {
 #[test]
 fn what_xl_has_not_is_refused() {
     for (words, refused) in [
-        (
-            ["save", "--layout=mapped", "web", "f"].as_slice(),
-            "--layout",
-        ),
-        (&["save", "--page-digests", "web", "f"], "--page-digests"),
-        (&["restore", "--json", "f"], "--json"),
+        (["restore", "--json", "f"].as_slice(), "--json"),
         (&["migrate", "--no-live", "web", "h"], "--no-live"),
         (&["migrate", "--receiver=x", "web", "h"], "--receiver"),
         (&["remus", "--stats", "web", "h"], "--stats"),

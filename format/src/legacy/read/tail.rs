@@ -109,12 +109,7 @@ impl<R: Read> LegacyReader<R> {
             }
             QemuRecord::WITH_LENGTH | QemuRecord::REMUS => {
                 let bytes = u64::from(self.u32()?);
-                Self::range(
-                    "length of the device model's state",
-                    bytes,
-                    0,
-                    MAX_DEVICE_MODEL,
-                )?;
+                Self::device_model(bytes)?;
                 self.blob(bytes)?
             }
             got => return Err(LegacyError::QemuSignature { got }.into()),
@@ -129,6 +124,14 @@ impl<R: Read> LegacyReader<R> {
         let mut state = Vec::new();
         loop {
             let at = state.len();
+            if at as u64 >= MAX_DEVICE_MODEL {
+                // No room is made for what would be refused.
+                return match fill(&mut self.source, &mut [0]) {
+                    Ok(()) => Self::device_model(at.saturating_add(1) as u64).map(|()| state),
+                    Err(ReadErrorCause::Truncated { .. }) => Ok(state),
+                    Err(e) => Err(e),
+                };
+            }
             state.resize(at.saturating_add(STEP), 0);
             let (_, room) = state.split_at_mut(at);
             let got = match fill(&mut self.source, room) {
@@ -140,16 +143,20 @@ impl<R: Read> LegacyReader<R> {
             };
             state.truncate(at.saturating_add(got));
             self.offset = self.offset.saturating_add(got as u64);
-            let length = state.len() as u64;
-            Self::range(
-                "length of the device model's state",
-                length,
-                0,
-                MAX_DEVICE_MODEL,
-            )?;
             if got < STEP {
                 return Ok(state);
             }
         }
+    }
+
+    /// Checks the length of a device model's state.
+    fn device_model(bytes: u64) -> Result<(), ReadErrorCause> {
+        Self::range(
+            "length of the device model's state",
+            bytes,
+            0,
+            MAX_DEVICE_MODEL,
+        )?;
+        Ok(())
     }
 }

@@ -186,12 +186,13 @@ mod tests {
         assert_eq!(digests.to - still.to, 16 << 18);
         // The header has at most 16 MiB of optional data.
         reserve(&extent(256, true), false).unwrap();
-        let error = reserve(&extent(4, false), true).unwrap_err();
-        assert!(
-            error.to_string().contains("leave out the page digests"),
-            "{error}"
-        );
-        let error = reserve(&extent(1024, false), false).unwrap_err();
-        assert!(error.to_string().contains("layout stream"), "{error}");
+        for (extent, digests, remedy) in [
+            (extent(4, false), true, "leave out the page digests"),
+            (extent(1024, false), false, "layout stream"),
+        ] {
+            let error = reserve(&extent, digests).unwrap_err();
+            let words = crate::text::chain(&error);
+            assert!(words.contains(remedy), "{words}");
+        }
     }
 }

@@ -392,6 +392,7 @@ fn a_secondary_that_cannot_name_its_pages_gives_up() {
     let left = beside_in(&to, (domid, &domain), &stream[..], &mut back, &in_memory(0));
     let error = left.result.unwrap_err();
     assert!(matches!(error, RestoreError::BackChannel(_)), "{error}");
-    assert!(error.to_string().contains("has no page"), "{error}");
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("has no page"), "{cause}");
     assert_eq!((left.at.len(), back), (1, Vec::new()));
 }
