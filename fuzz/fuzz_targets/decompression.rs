@@ -13,8 +13,13 @@ use xsr_format::detect::{Compression, Detected, detect};
 /// As in the command, whose source file is compiled into this target.
 type Source = Box<dyn Read + Send>;
 
-/// The command's error for an invalid image.
+/// The command's words about an invalid image.
 mod exit {
+    /// The program that undoes a compression, for a message.
+    pub(crate) fn decompressor(_: xsr_format::detect::Compression) -> &'static str {
+        "another program"
+    }
+
     /// The image is invalid.
     #[derive(Debug)]
     pub(crate) struct BadImage(pub(crate) String);

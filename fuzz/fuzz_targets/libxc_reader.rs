@@ -60,7 +60,7 @@ fn by_slice(bytes: &[u8], options: ReadOptions, with_pages: bool) -> Said {
 
 fn by_stream<R: Read>(reader: Result<RecordReader<R>, ReadError>, with_pages: bool) -> Said {
     let mut said = Said::default();
-    let mut read = || -> Result<u64, ReadError> {
+    let read = || -> Result<u64, ReadError> {
         let mut reader = reader?;
         let mut data = Vec::new();
         loop {

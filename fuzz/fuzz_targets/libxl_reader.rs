@@ -26,7 +26,7 @@ struct Said {
 
 fn walk<R: Read>(walk: Result<Walk<R>, ReadError>) -> Said {
     let mut said = Said::default();
-    let mut read = || -> Result<(), ReadError> {
+    let read = || -> Result<(), ReadError> {
         let mut walk = walk?;
         while let Some(step) = walk.next_step()? {
             said.steps.push(step.position);

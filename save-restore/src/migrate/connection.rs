@@ -55,6 +55,7 @@ use xsr_xen_backend::Gather;
 use crate::pace::{Overdue, Pace, ReadLimit};
 use crate::progress::{Cancel, Cancelled};
 
+#[cfg(feature = "session")]
 pub(in crate::migrate) use adapter::Waits;
 pub(super) use adapter::copy_gather;
 pub use adapter::{ConnectionReader, ConnectionWriter};
