@@ -227,8 +227,7 @@ impl GuestImage {
                 if self.optional > MAX_OPTIONAL {
                     return Err(DecodeError::TooManyOptional { max: MAX_OPTIONAL });
                 }
-            } // The reader refuses both: the first is deprecated, the second belongs to the back
-              // channel.
+            }
         }
         Ok(())
     }

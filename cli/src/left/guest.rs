@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore, DomainStoreError};
 
 use super::{Left, State};
 use crate::args::Backend;
@@ -141,9 +141,15 @@ pub(crate) fn arriving(host: &Hypervisor, name: &str) -> (Left, Arc<OnceLock<Dom
 
 /// A guest that is about to be created on a mock machine.
 pub(crate) fn making(host: &Hypervisor, name: &str) -> Left {
-    let before = host.find(name).ok();
+    let before = match host.find(name) {
+        Ok(domain) => Some(Some(domain)),
+        Err(DomainStoreError::NotFound { .. }) => Some(None),
+        // Whatever is found later may be another guest.
+        Err(_) => None,
+    };
     let (host, name) = (host.clone(), name.to_owned());
     Left::guest(move || {
+        let before = before?;
         let made = host.find(&name).ok().filter(|made| before != Some(*made))?;
         let domid = made.domid;
         Some(State::plain(format!(

@@ -2,9 +2,11 @@
 //! performs a machine's actions, how an end sends and receives messages, how a failure is reported
 //! to a state machine, and what is undone after a panic.
 
+use std::any::Any;
 use std::cell::Cell;
 use std::fmt;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
 use super::connection::{
@@ -86,8 +88,11 @@ pub(super) struct Common<'a> {
     pub(super) answer: Duration,
     /// The token by which another thread asks to stop.
     pub(super) cancel: Option<&'a Cancel>,
-    /// Called for each action and step.
+    /// Called for each action and step, until it panics.
     pub(super) observer: Option<&'a mut dyn Observer>,
+    /// The observer's panic, which goes on once the machine has ended: it must not leave a domain
+    /// suspended, or at both ends.
+    panic: Option<Box<dyn Any + Send>>,
 }
 
 impl<'a> Common<'a> {
@@ -96,6 +101,7 @@ impl<'a> Common<'a> {
             answer,
             cancel: None,
             observer: None,
+            panic: None,
         }
     }
 
@@ -111,8 +117,11 @@ impl<'a> Common<'a> {
     }
 
     pub(super) fn observe(&mut self, event: Event) {
-        if let Some(observer) = &mut self.observer {
-            observer.observe(event);
+        if let Some(observer) = &mut self.observer
+            && let Err(panic) = catch_unwind(AssertUnwindSafe(|| observer.observe(event)))
+        {
+            self.observer = None;
+            self.panic = Some(panic);
         }
     }
 }
@@ -177,8 +186,7 @@ pub(super) trait Machine {
 /// Performs a machine's actions until it has ended. The failures are returned in order: the first
 /// one is the reason for the end.
 ///
-/// `settled` is called after each of the machine's steps, before an observer, which may panic, hears
-/// of it.
+/// `settled` is called after each of the machine's steps. A panic of the observer goes on at the end.
 pub(super) fn drive<M: Machine>(
     machine: &mut M,
     common: &mut Common<'_>,
@@ -190,6 +198,9 @@ pub(super) fn drive<M: Machine>(
         let action = machine.action();
         common.observe(M::announced(action));
         if let Some(end) = M::end(action) {
+            if let Some(panic) = common.panic.take() {
+                resume_unwind(panic);
+            }
             return (end, causes);
         }
         let (event, error) = perform(machine, common, action);

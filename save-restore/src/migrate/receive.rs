@@ -90,8 +90,8 @@ impl<'a> ReceiveRequest<'a> {
 
     /// Receives a domain.
     ///
-    /// After a panic in `domain` or the observer, the new domain is destroyed if "go" has not been
-    /// received.
+    /// After a panic in `domain`, the new domain is destroyed if "go" has not been received. A panic
+    /// of the observer goes on after the end of the migration.
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Arriving) -> Arrived {
         let guard = OnPanic {
             domain,

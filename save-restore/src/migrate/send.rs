@@ -114,8 +114,8 @@ impl<'a> MigrateRequest<'a> {
 
     /// Sends the domain.
     ///
-    /// After a panic in `domain` or the observer, the domain is taken back if it has not been
-    /// released.
+    /// After a panic in `domain`, the domain is taken back if it has not been released. A panic of
+    /// the observer goes on after the end of the migration.
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Departing) -> Sent {
         let default = Pace::new(self.idle);
         let guard = OnPanic {

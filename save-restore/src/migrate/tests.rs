@@ -324,26 +324,16 @@ fn observe_and_panic(end: usize, at: usize) -> (Option<Event>, [Option<bool>; 4]
     (last.into_inner().unwrap(), state)
 }
 
+/// The migration ends as it would have without it, whichever event it was.
 #[test]
 fn a_panic_of_an_observer_neither_doubles_nor_loses_the_domain() {
     for end in 0..2 {
         let mut all = Vec::new();
         loop {
             let (event, state) = observe_and_panic(end, all.len());
+            assert_eq!(state, [None, None, Some(true), None], "{event:?}");
             let Some(event) = event else { break };
             all.push(event);
-            let running = state.iter().filter(|runs| **runs == Some(true)).count();
-            // From there on the sender may not take it back, and the receiver keeps it.
-            let gone = all.contains(&Event::Done(Step::Go));
-            match (end, gone) {
-                (0, true) => assert_eq!(state[2], Some(true), "{event:?}: {state:?}"),
-                (_, false) => assert_eq!(state[0], Some(true), "{event:?}: {state:?}"),
-                (_, true) => {
-                    let kept = state[2].or(state[3]);
-                    assert!(kept.is_some(), "{event:?}: {state:?}");
-                }
-            }
-            assert!(running <= 1, "{event:?}: {state:?}");
         }
         assert!(all.contains(&Event::Done(Step::Report)), "{all:?}");
     }

@@ -30,8 +30,8 @@ pub enum MockError {
     },
     /// Another process has held a lock of the host for long.
     #[error(
-        "mock host {} is busy: for {} s another process has not let go of {what}; it may be stopped, \
-         and must continue or end first",
+        "mock host {} is busy: another process has held the lock of {what} for {} s; if it is \
+         stopped, continue or end it",
         path.display(), waited.as_secs_f64()
     )]
     Busy {

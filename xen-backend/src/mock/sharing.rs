@@ -390,7 +390,10 @@ mod tests {
         };
         assert_eq!(error.errno, Errno::ETIMEDOUT);
         let words = error.to_string();
-        assert!(words.contains("has not let go of the state of"), "{words}");
+        assert!(
+            words.contains("has held the lock of the state of"),
+            "{words}"
+        );
         drop(state);
         other.rename(domid, "other").expect("it goes on");
     }

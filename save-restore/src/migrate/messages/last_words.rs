@@ -79,8 +79,8 @@ impl LastWords {
         Some(Status(*status))
     }
 
-    /// The first report, from its first byte on. Only the last bytes may be the beginning of one:
-    /// text that begins like a report, such as a line of a log, is none.
+    /// The first report, from its first byte on. Only the last bytes may be the beginning of one.
+    /// Text that begins like a report, such as a line of a log, does not count.
     fn report(&self) -> Option<&[u8]> {
         let words = Message::Report.bytes();
         let begin = &words[..Self::RECOGNISED];

@@ -232,7 +232,7 @@ fn last_words_are_found_behind_whatever_else_was_said() {
     assert!(matches!(words.outcome(), Err(MessageError::NoReport)));
     let words = of(&[report, &[7], &go[..go.len() - 1]]);
     words.outcome().unwrap_err();
-    // Text that only begins like a report is none, and nothing after a report changes it.
+    // Text that only begins like a report does not count, and nothing after a report changes it.
     let log: &[u8] = b"my copy unpause results are in the log\n";
     for pieces in [
         [log, report, &[0], b""],

@@ -358,7 +358,6 @@ fn a_name_that_another_domain_gets_meanwhile_is_not_given_twice() {
     made.host.rename(made.domain, "web", "db").unwrap();
 }
 
-/// Another domain has the number by the time the old domain's data is removed.
 #[test]
 fn a_domain_that_is_destroyed_meanwhile_is_not_renamed() {
     let made = of_libxl();
@@ -377,6 +376,7 @@ fn a_domain_that_is_destroyed_meanwhile_is_not_renamed() {
     assert_eq!(read(&made.face, &name).as_deref(), Some("web"));
 }
 
+/// Another domain has the number by the time the old domain's data is removed.
 #[test]
 fn what_a_new_domain_keeps_is_not_taken_for_a_destroyed_ones() {
     let made = of_libxl();
