@@ -308,6 +308,11 @@ impl Listener {
     /// Listen on the endpoint. Only its owner can connect to a Unix socket; only a sender that the
     /// directory allows to a session.
     pub(crate) fn bind(endpoint: &Endpoint, directory: Option<&Path>) -> Result<Self> {
+        if directory.is_some() && !matches!(endpoint, Endpoint::Tls(_)) {
+            let why = "--tls DIR needs --listen tls:ADDRESS:PORT: every other endpoint is not \
+                       encrypted, and lets in senders that DIR/allow does not name";
+            return Err(Error::new(BadUsage(why.to_owned())));
+        }
         match endpoint {
             Endpoint::Unix(path) => {
                 let before = umask(Mode::from_bits_truncate(0o077));

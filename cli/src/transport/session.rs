@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result, bail};
 use xsr_save_restore::migrate::connection::{Connection, ConnectionReader, ConnectionWriter, Wait};
@@ -285,9 +285,11 @@ pub(crate) fn offered(
     let ports = args.ports.clone().map_or(0..=0, |ports| ports.0);
     let listener = args.listen_address.or_else(reached).map(|address| {
         let bound = SessionListener::bind(address, ports);
-        bound.with_context(|| format!("listening at {address}"))
+        bound.map_err(|error| {
+            tracing::warn!(%error, "cannot listen at {address}: everything goes through ssh");
+        })
     });
-    let listener = listener.transpose()?;
+    let listener = listener.and_then(Result::ok);
     let address = match &listener {
         Some(listener) => listener.address()?.to_string(),
         None => "-".to_owned(),
@@ -305,12 +307,19 @@ pub(crate) fn offered(
     let choice = line(&mut reader);
     drop(reader);
     match (choice.as_deref(), coming) {
-        (Ok("direct"), Some((coming, _))) => {
+        (Ok("direct"), Some((coming, stop))) => {
+            let began = Instant::now();
+            while !coming.is_finished() {
+                if began.elapsed() >= answer || cancel.is_cancelled() {
+                    stop.cancel();
+                }
+                std::thread::park_timeout(Duration::from_millis(20));
+            }
             let Ok(session) = coming.join() else {
                 bail!("waiting for the session: a thread has panicked");
             };
             Ok(Agreed {
-                session: Box::new(session?),
+                session: Box::new(session.context("the sender has made no session")?),
                 beside: Some(pipe),
             })
         }

@@ -104,6 +104,19 @@ fn options_that_do_not_fit_are_refused_before_anything_happens() {
             .stderr_has(said);
     }
     assert_eq!(hosts.domains()[0], ["web running"]);
+    // A receiver that would listen without the keys that it was given.
+    for endpoint in ["tcp:127.0.0.1:0", "unix:/x"] {
+        run([
+            "migrate-receive",
+            &backend,
+            "--listen",
+            endpoint,
+            "--tls",
+            "/x",
+        ])
+        .code(64)
+        .stderr_has("--tls DIR needs --listen tls:ADDRESS:PORT");
+    }
 }
 
 /// Makes a directory of keys.

@@ -108,7 +108,8 @@ impl Shared {
 /// One end of a session.
 ///
 /// Dropping it closes it in order, as long as the peer takes what was written; it waits 2 s for a
-/// sign of that. A session of which something was not read is aborted instead.
+/// sign of that, and 30 s after "go". A session of which something was not read is aborted once what
+/// was written has arrived.
 #[derive(Debug)]
 pub struct Session {
     shared: Arc<Shared>,
@@ -296,16 +297,16 @@ impl Session {
     /// Says that this end leaves, and waits until the peer knows.
     fn leave(&self) {
         let mut state = self.shared.lock();
-        match state.incoming.is_unread() {
-            true => state.abandon(),
-            false => state.out.end(),
+        let unread = state.incoming.is_unread();
+        if !unread {
+            state.out.end();
         }
         self.shared.links.notify_all();
-        // What was written arrives.
+        // What was written arrives, such as the reason why this end leaves.
         let mut since = Instant::now();
         let mut before = state.out.unarrived();
         while before > 0 && state.over().is_none() && !state.peer_left() {
-            if since.elapsed() >= LINGER {
+            if since.elapsed() >= state.linger(LINGER) {
                 state.abandon();
                 break;
             }
@@ -314,6 +315,9 @@ impl Session {
             if now != before {
                 (before, since) = (now, Instant::now());
             }
+        }
+        if unread {
+            state.abandon();
         }
         state.say_bye();
         self.shared.links.notify_all();

@@ -243,12 +243,20 @@ impl Place {
         let path = self.path.join(&temporary);
         let file = self.file(&temporary, How::Write)?;
         let mut file = BufWriter::new(file);
-        file.get_ref()
+        let written = file
+            .get_ref()
             .set_len(0)
             .and_then(|()| write(&mut file))
             .and_then(|()| file.flush())
-            .map_err(MockError::io("write", path))?;
-        self.rename(&temporary, name)
+            .map_err(MockError::io("write", path))
+            .and_then(|()| self.rename(&temporary, name));
+        if written.is_err() {
+            // On a full disk, its room is needed. The first error is the one that counts.
+            if let Err(error) = self.remove(&temporary) {
+                tracing::warn!(%error, "a partial file of the mock host is left");
+            }
+        }
+        written
     }
 
     /// The length of a file in it, in bytes; `None` if the file does not exist.

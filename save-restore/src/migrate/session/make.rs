@@ -12,7 +12,7 @@ use thiserror::Error;
 use super::compress::{Compression, Policy};
 use super::frame::{Answer, Hello, Malformed, Purpose, SLOTS, Token, WINDOW, Welcome};
 use super::link;
-use super::state::{Limits, State};
+use super::state::{Limits, SILENCE_FOR_GOOD, State};
 use super::wire::{Inbox, Wire};
 use super::{Carried, Session, Shared};
 use crate::migrate::connection::{ConnectionError, Wait};
@@ -23,9 +23,6 @@ pub(super) const HANDSHAKE: Duration = Duration::from_secs(5);
 
 /// A link on which nothing arrives for so long is lost, if lost links are taken up again.
 const SILENCE: Duration = Duration::from_secs(4);
-
-/// The same, if they are not.
-const SILENCE_FOR_GOOD: Duration = Duration::from_secs(30);
 
 /// How much longer than the client the server waits for a link.
 const LONGER: Duration = Duration::from_secs(2);

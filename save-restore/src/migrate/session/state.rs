@@ -13,6 +13,9 @@ use crate::progress::Cancel;
 /// A link carries a frame at least this often.
 pub(super) const ALIVE: Duration = Duration::from_secs(1);
 
+/// A link on which nothing arrives for so long is lost, if it is not taken up again.
+pub(super) const SILENCE_FOR_GOOD: Duration = Duration::from_secs(30);
+
 /// How long an acknowledgement may wait for another one.
 pub(super) const ACKNOWLEDGE: Duration = Duration::from_millis(1);
 
@@ -125,6 +128,14 @@ impl State {
 
     pub(super) fn over(&self) -> Option<&Over> {
         self.over.as_ref()
+    }
+
+    /// How long the session may go on while the peer acknowledges nothing, once this end is dropped.
+    pub(super) fn linger(&self, usual: Duration) -> Duration {
+        match self.sealed {
+            true => usual.max(self.limits.silence),
+            false => usual,
+        }
     }
 
     /// Whether the peer has closed its end, and reads no more.
@@ -320,6 +331,8 @@ impl State {
             return;
         }
         self.sealed = true;
+        // Its only link is not taken up again: a short outage must not end it.
+        self.limits.silence = self.limits.silence.max(SILENCE_FOR_GOOD);
         let newest = self.incoming.newest_from().filter(|id| self.has(*id));
         let first = self.links.values().next().map(|link| link.id);
         self.only = newest.or(first);

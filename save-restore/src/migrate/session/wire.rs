@@ -118,7 +118,9 @@ impl Wire {
             };
             let mut rest = &room[..n];
             while !rest.is_empty() {
-                session.read_tls(&mut rest).map_err(ConnectionError::Lost)?;
+                if session.read_tls(&mut rest).map_err(ConnectionError::Lost)? == 0 {
+                    return Err(ConnectionError::Lost(io::ErrorKind::UnexpectedEof.into()));
+                }
                 if let Err(error) = session.process_new_packets() {
                     // The peer learns why, if it still listens.
                     let told = send(&*connection, &mut session, waits);
@@ -156,8 +158,8 @@ impl Wire {
         };
         let waits = Waits::together(wait, &*self.connection);
         let mut arrived = locked(&tls.arrived);
-        let mut any = decrypted(&mut locked(&tls.session), to)?;
-        while !any {
+        let mut found = decrypted(&mut locked(&tls.session), to)?;
+        while !found.any && !found.closed {
             let wait = waits.next(&*self.connection);
             let read = self.connection.read(&mut arrived, &wait);
             let n = match read.map_err(|error| waits.words(error))? {
@@ -165,15 +167,18 @@ impl Wire {
                 Received::Bytes(n) => n,
             };
             let mut rest = &arrived[..n];
-            while !rest.is_empty() {
+            // After the end of TLS it takes nothing.
+            while !rest.is_empty() && !found.closed {
                 let mut session = locked(&tls.session);
                 session.read_tls(&mut rest).map_err(ConnectionError::Lost)?;
                 session.process_new_packets().map_err(refused)?;
                 // TLS keeps only a little for later.
-                any |= decrypted(&mut session, to)?;
+                let more = decrypted(&mut session, to)?;
+                found.any |= more.any;
+                found.closed |= more.closed;
             }
         }
-        Ok(true)
+        Ok(found.any)
     }
 
     /// Reads until this many bytes are here, within the time of `wait`.
@@ -191,6 +196,18 @@ impl Wire {
             }
         }
         Ok(())
+    }
+
+    /// Ends TLS, but not the connection.
+    #[cfg(test)]
+    pub(super) fn close_tls(&self) -> Result<(), ConnectionError> {
+        let Some(tls) = &self.tls else { return Ok(()) };
+        let mut bytes = Vec::new();
+        let mut session = locked(&tls.session);
+        session.send_close_notify();
+        encrypted(&mut session, &mut bytes)?;
+        let waits = Waits::together(&Wait::forever(), &*self.connection);
+        write_all(&*self.connection, &bytes, waits)
     }
 
     /// Writes all of it.
@@ -211,17 +228,36 @@ impl Wire {
     }
 }
 
-/// Moves what has been decrypted. Returns whether there was something.
-fn decrypted(session: &mut rustls::Connection, to: &mut Inbox) -> Result<bool, ConnectionError> {
-    let mut any = false;
+/// What [`decrypted`] has found.
+#[derive(Clone, Copy, Debug, Default)]
+struct Decrypted {
+    /// There was something.
+    any: bool,
+    /// The peer has ended TLS: it sends no more.
+    closed: bool,
+}
+
+/// Moves what has been decrypted.
+fn decrypted(
+    session: &mut rustls::Connection,
+    to: &mut Inbox,
+) -> Result<Decrypted, ConnectionError> {
+    let mut found = Decrypted::default();
     loop {
-        match session.reader().read(to.room()) {
-            Ok(0) => return Ok(any),
+        let room = to.room();
+        if room.is_empty() {
+            return Ok(found);
+        }
+        match session.reader().read(room) {
+            Ok(0) => {
+                found.closed = true;
+                return Ok(found);
+            }
             Ok(n) => {
                 to.filled(n);
-                any = true;
+                found.any = true;
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(any),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(found),
             Err(error) => return Err(ConnectionError::Lost(error)),
         }
     }

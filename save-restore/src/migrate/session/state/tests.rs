@@ -37,6 +37,31 @@ fn chunks(state: &mut State, link: LinkId, now: Instant) -> Vec<u64> {
     .collect()
 }
 
+/// Once the session is sealed, its only link is not taken up again, and a short silence is not its
+/// end.
+#[test]
+fn a_sealed_session_survives_a_silence_of_less_than_half_a_minute() {
+    let (mut state, _, now) = state(10, 1);
+    state.seal();
+    state.tick(now + SECOND * 29);
+    assert_eq!(state.over(), None);
+    assert_eq!(state.linger(SECOND), SILENCE_FOR_GOOD);
+    state.tick(now + SECOND * 30);
+    assert!(lost(&state));
+}
+
+/// Nothing is sent again once the session is sealed.
+#[test]
+fn what_a_link_had_taken_is_not_sent_again_after_the_seal() {
+    let (mut state, links, now) = state(10, 2);
+    assert_eq!(state.out.write(b"go"), 2);
+    assert_eq!(chunks(&mut state, links[1], now), [0]);
+    state.seal();
+    // It was not the link that is left.
+    state.lose(links[1], "", now);
+    assert_eq!(chunks(&mut state, links[0], now), [0; 0]);
+}
+
 #[test]
 fn a_session_without_a_link_waits_for_its_limit() {
     let (mut state, links, now) = state(10, 2);

@@ -110,6 +110,26 @@ fn a_slow_client_holds_its_place_no_longer_than_the_limit() {
     slow.join().unwrap();
 }
 
+/// A peer that closes TLS and goes on to send does not keep the reading thread busy: the link ends.
+#[test]
+fn bytes_after_the_end_of_tls_end_the_link() {
+    let (client, server) = keys();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut raw = ours.try_clone().unwrap();
+    let connect = thread::spawn(move || {
+        let connection = Box::new(UnixConnection::new(ours).unwrap());
+        client.secure(connection, LIMIT, &Cancel::new()).unwrap()
+    });
+    let connection = Box::new(UnixConnection::new(theirs).unwrap());
+    let wire = server.secure(connection, LIMIT, &Cancel::new()).unwrap();
+    let peer = connect.join().unwrap();
+    peer.close_tls().unwrap();
+    raw.write_all(&[0x17; 100]).unwrap();
+    let mut inbox = Inbox::new();
+    let ended = wire.read(&mut inbox, &Wait::forever().at_most(LIMIT));
+    assert!(!ended.unwrap());
+}
+
 #[test]
 fn zeroes_and_text_are_sent_as_less_than_they_are() {
     let request = SessionRequest::new().compression(Compression::Zstd(1));
