@@ -345,7 +345,7 @@ mod tests {
             let held = stopped.hold(range).expect("a lock");
             let error = other.hold(range).expect_err("it is held").to_string();
             assert!(error.contains(what), "{error}");
-            assert!(error.contains("may be stopped"), "{error}");
+            assert!(error.contains("if it is stopped"), "{error}");
             drop(held);
             drop(other.hold(range).expect("it is free"));
         }
