@@ -229,15 +229,20 @@ pub enum DecodeError {
         /// Index of the second.
         second: u64,
     },
-    /// A pfn that no x86 guest can have.
+    /// A pfn that no guest of this type can have.
     #[error(
-        "PAGE_DATA: entry {index} has pfn {pfn}, beyond 0xffffffffff, the last that any x86 guest can have"
+        "PAGE_DATA: entry {index} has pfn {pfn}, beyond {max}, the last that a guest of this type can have"
     )]
     PfnRange {
         /// Index of the entry.
         index: u64,
         /// Its pfn.
         pfn: Pfn,
+        /// The last pfn of such a guest: [`MAX_X86_PFN`], or [`MAX_PV_PFN`] for a PV guest.
+        ///
+        /// [`MAX_X86_PFN`]: crate::guest_image::MAX_X86_PFN
+        /// [`MAX_PV_PFN`]: crate::guest_image::MAX_PV_PFN
+        max: Pfn,
     },
     /// A frame of the p2m that no x86 guest can have.
     #[error(

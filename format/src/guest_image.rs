@@ -34,6 +34,9 @@ pub const MAX_PV_VCPUS: u32 = 8192;
 pub const MAX_HVM_VCPUS: u32 = 128;
 /// The last pfn that an x86 guest can have: 52 bits of address.
 pub const MAX_X86_PFN: Pfn = Pfn((1 << 40) - 1);
+
+/// The largest pfn of a PV guest: X86_PV_P2M_FRAMES names the range of its p2m in 32 bits.
+pub const MAX_PV_PFN: Pfn = Pfn(u32::MAX as u64);
 /// The index of every HVM parameter is below this, in all Xens so far (4.22 has 39).
 pub const HVM_PARAM_LIMIT: u64 = 256;
 /// Maximum size of the state of all vcpus, which a restorer keeps until END: 8 KiB for each of
@@ -236,7 +239,7 @@ impl GuestImage {
     ///
     /// # Errors
     ///
-    /// [`DecodeError::PfnRange`] for a pfn that no x86 guest can have.
+    /// [`DecodeError::PfnRange`] for a pfn that no guest of this type can have.
     pub fn apply_pages(
         &mut self,
         entries: impl Iterator<Item = PageEntry>,
@@ -246,13 +249,18 @@ impl GuestImage {
         for (index, entry) in (0_u64..).zip(entries) {
             self.since_check = self.since_check.saturating_add(1);
             if x86 && entry.pfn > MAX_X86_PFN {
-                let pfn = entry.pfn;
-                return Err(DecodeError::PfnRange { index, pfn });
+                let (pfn, max) = (entry.pfn, MAX_X86_PFN);
+                return Err(DecodeError::PfnRange { index, pfn, max });
             }
-            if let Some(shift) = shift
-                && entry.page_type.is_populated()
-            {
-                self.populate(entry.pfn.0 >> shift);
+            if let Some(shift) = shift {
+                // Also before X86_PV_P2M_FRAMES, which a lenient reader lets come later.
+                if entry.pfn > MAX_PV_PFN {
+                    let (pfn, max) = (entry.pfn, MAX_PV_PFN);
+                    return Err(DecodeError::PfnRange { index, pfn, max });
+                }
+                if entry.page_type.is_populated() {
+                    self.populate(entry.pfn.0 >> shift);
+                }
             }
         }
         Ok(())
@@ -262,8 +270,8 @@ impl GuestImage {
         matches!(self.guest_type, GuestType::X86_PV | GuestType::X86_HVM)
     }
 
-    /// Notes that a page in the range of p2m leaf `leaf` has memory. The reader refuses pages
-    /// beyond the p2m, so this takes 1 MiB at most.
+    /// Notes that a page in the range of p2m leaf `leaf` has memory. No pfn is beyond
+    /// [`MAX_PV_PFN`], so this takes 1 MiB at most.
     fn populate(&mut self, leaf: u64) {
         let Ok(word) = usize::try_from(leaf >> 6) else {
             return;
@@ -593,6 +601,27 @@ mod tests {
             apply(&mut image, RecordKind::CHECKPOINT, &[]).unwrap();
         }
         assert_eq!(image.leaves_checked, 8);
+    }
+
+    /// A lenient reader takes pages before X86_PV_P2M_FRAMES, which would refuse this one.
+    #[test]
+    fn a_pfn_beyond_any_p2m_takes_no_memory() {
+        let mut image = GuestImage::new(GuestType::X86_PV);
+        let info = [8, 4, 0, 0, 0, 0, 0, 0];
+        apply(&mut image, RecordKind::X86_PV_INFO, &info).unwrap();
+        page(&mut image, MAX_PV_PFN.0);
+        assert_eq!(image.populated_leaves.len() * 8, 1 << 20);
+        let entry = PageEntry {
+            pfn: Pfn(MAX_PV_PFN.0 + 1),
+            page_type: PageType::XALLOC,
+        };
+        let range = DecodeError::PfnRange {
+            index: 0,
+            pfn: entry.pfn,
+            max: MAX_PV_PFN,
+        };
+        assert_eq!(image.apply_pages([entry].into_iter()), Err(range));
+        assert_eq!(image.populated_leaves.len() * 8, 1 << 20);
     }
 
     /// A leaf that two ranges with memory share is found at END, if no checkpoint was due to.
