@@ -27,6 +27,10 @@ use stats::Stats;
 /// Seconds for which `cargo xtask ci` runs each target.
 const SMOKE_SECONDS: u32 = 20;
 
+/// The seed of those runs: the same code is then tried with much the same inputs each time, so
+/// that what fails was broken by the change. `cargo xtask fuzz` looks for what has not been found.
+const SMOKE_SEED: u32 = 1;
+
 /// An input that takes longer than this many seconds is a finding.
 const INPUT_SECONDS: u32 = 10;
 
@@ -58,8 +62,11 @@ pub(crate) struct FuzzArgs {
     /// Number of processes; they share what they find
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     jobs: u32,
+    /// Choose the inputs by this number [default: another one each time]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    seed: Option<u32>,
     /// Run only this input
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["seconds", "jobs"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["seconds", "jobs", "seed"])]
     input: Option<PathBuf>,
     /// Sanitizer for the target [default: address if the toolchain has it]
     #[arg(long)]
@@ -108,7 +115,10 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
                 .with_context(|| format!("cannot find {}", input.display()))?;
             fuzzer.invocation("run", target).arg(input).run()
         }
-        None => fuzzer.fuzz(target, args.seconds, args.jobs),
+        None => {
+            fuzzer.prepare(target)?;
+            fuzzer.run(target, args.seconds, args.jobs, args.seed)
+        }
     }
 }
 
@@ -134,7 +144,7 @@ pub(crate) fn smoke() -> Result<Outcome> {
     thread::scope(|scope| {
         let work = || -> Result<()> {
             while let Some(target) = next() {
-                fuzzer.run(&target, SMOKE_SECONDS, 1)?;
+                fuzzer.run(&target, SMOKE_SECONDS, 1, Some(SMOKE_SEED))?;
             }
             Ok(())
         };
@@ -198,11 +208,6 @@ impl Fuzzer {
             .args(["--sanitizer", sanitizer, target])
     }
 
-    fn fuzz(&self, target: &str, seconds: u32, jobs: u32) -> Result<()> {
-        self.prepare(target)?;
-        self.run(target, seconds, jobs)
-    }
-
     /// Writes the seeds and builds the target.
     fn prepare(&self, target: &str) -> Result<()> {
         let corpus = corpus(target);
@@ -212,7 +217,7 @@ impl Fuzzer {
         self.invocation("build", target).run()
     }
 
-    fn run(&self, target: &str, seconds: u32, jobs: u32) -> Result<()> {
+    fn run(&self, target: &str, seconds: u32, jobs: u32, seed: Option<u32>) -> Result<()> {
         let corpus = corpus(target);
         let logs = workspace::root().join("target/fuzz");
         fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
@@ -226,6 +231,11 @@ impl Fuzzer {
                 .arg(format!("-timeout={INPUT_SECONDS}"))
                 .arg(format!("-malloc_limit_mb={ALLOCATION_MIB}"))
                 .args(["-print_final_stats=1", "-rss_limit_mb=2048"])
+                // To libFuzzer, 0 is another number each time.
+                .arg(format!(
+                    "-seed={}",
+                    seed.map_or(0, |seed| seed.saturating_add(job))
+                ))
                 .into_command();
             let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
             let child = child.with_context(|| format!("cannot start {command:?}"))?;
