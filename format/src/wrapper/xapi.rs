@@ -486,6 +486,7 @@ impl<R: Read> Read for XapiSource<R> {
                 let n = self.source.read(room)?;
                 if n == 0 {
                     self.stage = Stage::Failed;
+                    self.pad = &[];
                     let needed = std::mem::take(&mut self.through);
                     let cause = ReadErrorCause::Truncated { needed };
                     let position = self.inner;

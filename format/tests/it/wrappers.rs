@@ -5,6 +5,7 @@ mod detect;
 mod failure;
 mod libxl;
 mod libxl_rules;
+mod xapi;
 mod xl;
 
 use std::io::{self, Read};
