@@ -200,6 +200,35 @@ pub struct TscInfo {
     pub incarnation: u32,
 }
 
+/// What a machine has for its domains (`XEN_SYSCTL_physinfo`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PhysInfo {
+    /// Pages of memory.
+    pub total_pages: u64,
+    /// Pages that no domain has.
+    pub free_pages: u64,
+    /// Of `free_pages`, those claimed for domains that are being built.
+    pub outstanding_pages: u64,
+    /// Frequency of the processors' TSC in kHz.
+    pub cpu_khz: u32,
+    /// Whether it runs PV guests.
+    pub pv: bool,
+    /// Whether it runs HVM and PVH guests.
+    pub hvm: bool,
+    /// Whether the processor translates their addresses (HAP: EPT or NPT).
+    pub hap: bool,
+    /// Whether Xen can shadow page tables: a live save of a PV guest needs that, and so does a
+    /// translated guest without HAP.
+    pub shadow: bool,
+}
+
+impl PhysInfo {
+    /// Pages that a new domain can have.
+    pub const fn available_pages(&self) -> u64 {
+        self.free_pages.saturating_sub(self.outstanding_pages)
+    }
+}
+
 /// A domain's CPU policy, serialised as in X86_CPUID_POLICY and X86_MSR_POLICY.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuPolicy {
@@ -293,6 +322,9 @@ pub trait Host: Send + Sync {
     /// with shadow page tables gets less, and one without nested virtualisation gets neither VMX
     /// nor SVM. EOPNOTSUPP if the hypervisor has no guests of this kind.
     fn max_cpu_policy(&self, kind: GuestKind) -> Result<CpuPolicy, BackendError>;
+
+    /// The machine's memory, clock and capabilities (`XEN_SYSCTL_physinfo`).
+    fn physinfo(&self) -> Result<PhysInfo, BackendError>;
 
     /// Makes a new, paused domain without memory and returns its number. A PV domain
     /// starts out 64 bits wide.

@@ -66,7 +66,7 @@ use self::store::{DOMAINS, FORMAT, HOST, Store};
 use crate::error::BackendError;
 use crate::{
     CpuPolicy, DomId, Domain, DomainControl, DomainInfo, DomainSettings, GuestKind, Host,
-    NewDomain, TscInfo, XenVersion,
+    NewDomain, PhysInfo, TscInfo, XenVersion,
 };
 
 pub use self::digest::{MemoryDigest, PageDigest};
@@ -479,6 +479,20 @@ impl Host for MockHost {
 
     fn max_cpu_policy(&self, kind: GuestKind) -> Result<CpuPolicy, BackendError> {
         Ok(self.machine.config.processor.max_policy(kind))
+    }
+
+    fn physinfo(&self) -> Result<PhysInfo, BackendError> {
+        let free_pages = self.machine.hold_allocator().map(|_| self.free_pages());
+        Ok(PhysInfo {
+            total_pages: self.machine.config.memory_pages,
+            free_pages: free_pages.map_err(|errno| BackendError::host("physinfo", errno))?,
+            outstanding_pages: 0,
+            cpu_khz: platform::HOST_KHZ,
+            pv: true,
+            hvm: true,
+            hap: true,
+            shadow: self.machine.config.shadow_paging,
+        })
     }
 
     fn create(&self, new: &NewDomain) -> Result<DomId, BackendError> {

@@ -35,7 +35,9 @@ use crate::error::BackendError;
 use crate::privcmd::{CallBuffer, Hypercalls, Privcmd};
 use crate::sys::common as sys;
 use crate::xenstore::Xenstore;
-use crate::{CpuPolicy, DomId, Domain, DomainInfo, GuestKind, Host, NewDomain, XenVersion};
+use crate::{
+    CpuPolicy, DomId, Domain, DomainInfo, GuestKind, Host, NewDomain, PhysInfo, XenVersion,
+};
 
 #[cfg(feature = "mock")]
 pub(crate) use self::create::MSR_RELAXED;
@@ -221,6 +223,11 @@ impl Host for XenHost {
 
     fn max_cpu_policy(&self, kind: GuestKind) -> Result<CpuPolicy, BackendError> {
         self.most_of_cpu(kind)
+    }
+
+    fn physinfo(&self) -> Result<PhysInfo, BackendError> {
+        let info = self.shared.calls.physinfo();
+        info.map_err(|errno| BackendError::host("physinfo", errno))
     }
 
     fn create(&self, new: &NewDomain) -> Result<DomId, BackendError> {

@@ -130,7 +130,8 @@ const COMMON_NUMBERS: &[&str] = &[
     "XEN_DOMCTL_(getpageframeinfo3|[gs]etvcpuextstate|[gs]et_vcpu_msrs|[gs]et_cpu_policy)",
     "XEN_DOMINF_(dying|hvm_guest|shutdown|paused|shutdownmask|shutdownshift)",
     "XEN_INVALID_MAX_VCPU_ID",
-    "XEN_SYSCTL_(getdomaininfolist|get_cpu_policy|cpu_policy_(host|(pv|hvm)_max))",
+    "XEN_SYSCTL_(getdomaininfolist|get_cpu_policy|cpu_policy_(host|(pv|hvm)_max)|physinfo)",
+    "XEN_SYSCTL_PHYSCAP_(hvm|pv|hap|shadow)",
     "XEN_X86_EMU_(LAPIC|VPCI|ALL)",
     "XENMEM_(add_to|remove_from)_physmap",
     "XENMEM_(machphys_mfn_list|machphys_compat_mfn_list|maximum_gpfn|maximum_ram_page)",
@@ -146,6 +147,7 @@ const DIFFERENT: &[&str] = &[
     "xen_arch_domainconfig",
     "xen_domctl_createdomain.*",
     "xen_domctl_getdomaininfo",
+    "xen_sysctl_physinfo",
 ];
 const DIFFERENT_NUMBERS: &[&str] = &["XEN_(DOMCTL|SYSCTL)_INTERFACE_VERSION"];
 

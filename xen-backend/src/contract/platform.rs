@@ -22,6 +22,7 @@ pub(super) const CHECKS: &[(&str, Check)] = &[
         "a feature that the machine cannot give is cleared",
         impossible_feature,
     ),
+    ("what a domain takes of the memory is not free", physinfo),
     ("an empty half of a policy is left alone", half_policies),
     (
         "the host has a policy, with vendor and features",
@@ -53,6 +54,19 @@ fn policy_round_trip(host: &dyn Host) -> Result<(), Violation> {
         equal(&guest.cpu_policy()?, &policy, "policy")?;
     }
     Ok(())
+}
+
+fn physinfo(host: &dyn Host) -> Result<(), Violation> {
+    const PAGES: u64 = 64;
+    let before = host.physinfo()?;
+    ensure(before.cpu_khz > 0, "the frequency of the TSC")?;
+    ensure(before.pv || before.hvm, "guests of some kind")?;
+    ensure(before.available_pages() <= before.free_pages, "claims")?;
+    ensure(before.free_pages <= before.total_pages, "free pages")?;
+    let (_guest, _) = Guest::with_pages(host, GuestKind::Pvh, PAGES)?;
+    let after = host.physinfo()?;
+    ensure(after.free_pages + PAGES <= before.free_pages, "the pages")?;
+    equal(&after.total_pages, &before.total_pages, "all pages")
 }
 
 fn leaves_of(policy: &CpuPolicy) -> Result<Leaves, Violation> {

@@ -197,6 +197,13 @@ impl Face {
         match cmd {
             sys::XEN_SYSCTL_getdomaininfolist => {}
             sys::XEN_SYSCTL_get_cpu_policy => return self.host_policy(place),
+            sys::XEN_SYSCTL_physinfo => {
+                let info = self.host.physinfo().map_err(errno)?;
+                let interface = self.layout().ok_or(Errno::EACCES)?;
+                self.buffers
+                    .write(place, &(interface.encode_physinfo)(&info))?;
+                return Ok(0);
+            }
             _ => return Err(Errno::ENOSYS),
         }
         let mut list: sys::xen_sysctl_getdomaininfolist = self.load(place)?;

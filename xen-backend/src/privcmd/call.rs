@@ -268,6 +268,7 @@ fn of_sysctl(cmd: u32) -> Option<&'static [Pointer]> {
     match cmd {
         sys::XEN_SYSCTL_getdomaininfolist => Some(&LIST),
         sys::XEN_SYSCTL_get_cpu_policy => Some(&POLICY),
+        sys::XEN_SYSCTL_physinfo => Some(&[]),
         _ => None,
     }
 }

@@ -51,6 +51,26 @@ pub struct xen_domctl_getdomaininfo {
     pub pad2: [u8; 7usize],
     pub arch_config: xen_arch_domainconfig,
 }
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct xen_sysctl_physinfo {
+    pub threads_per_core: u32,
+    pub cores_per_socket: u32,
+    pub nr_cpus: u32,
+    pub max_cpu_id: u32,
+    pub nr_nodes: u32,
+    pub max_node_id: u32,
+    pub cpu_khz: u32,
+    pub capabilities: u32,
+    pub arch_capabilities: u32,
+    pub pad: u32,
+    pub total_pages: u64,
+    pub free_pages: u64,
+    pub scrub_pages: u64,
+    pub outstanding_pages: u64,
+    pub max_mfn: u64,
+    pub hw_cap: [u32; 8usize],
+}
 pub const XEN_DOMCTL_INTERFACE_VERSION: u32 = 23;
 pub const XEN_SYSCTL_INTERFACE_VERSION: u32 = 21;
 const _: () = {
@@ -135,4 +155,40 @@ const _: () = {
         [::core::mem::offset_of!(xen_domctl_getdomaininfo, pad2) - 97usize];
     ["Offset of field: xen_domctl_getdomaininfo::arch_config"]
         [::core::mem::offset_of!(xen_domctl_getdomaininfo, arch_config) - 104usize];
+};
+const _: () = {
+    ["Size of xen_sysctl_physinfo"][::core::mem::size_of::<xen_sysctl_physinfo>() - 112usize];
+    ["Alignment of xen_sysctl_physinfo"][::core::mem::align_of::<xen_sysctl_physinfo>() - 8usize];
+    ["Offset of field: xen_sysctl_physinfo::threads_per_core"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, threads_per_core) - 0usize];
+    ["Offset of field: xen_sysctl_physinfo::cores_per_socket"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, cores_per_socket) - 4usize];
+    ["Offset of field: xen_sysctl_physinfo::nr_cpus"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, nr_cpus) - 8usize];
+    ["Offset of field: xen_sysctl_physinfo::max_cpu_id"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, max_cpu_id) - 12usize];
+    ["Offset of field: xen_sysctl_physinfo::nr_nodes"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, nr_nodes) - 16usize];
+    ["Offset of field: xen_sysctl_physinfo::max_node_id"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, max_node_id) - 20usize];
+    ["Offset of field: xen_sysctl_physinfo::cpu_khz"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, cpu_khz) - 24usize];
+    ["Offset of field: xen_sysctl_physinfo::capabilities"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, capabilities) - 28usize];
+    ["Offset of field: xen_sysctl_physinfo::arch_capabilities"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, arch_capabilities) - 32usize];
+    ["Offset of field: xen_sysctl_physinfo::pad"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, pad) - 36usize];
+    ["Offset of field: xen_sysctl_physinfo::total_pages"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, total_pages) - 40usize];
+    ["Offset of field: xen_sysctl_physinfo::free_pages"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, free_pages) - 48usize];
+    ["Offset of field: xen_sysctl_physinfo::scrub_pages"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, scrub_pages) - 56usize];
+    ["Offset of field: xen_sysctl_physinfo::outstanding_pages"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, outstanding_pages) - 64usize];
+    ["Offset of field: xen_sysctl_physinfo::max_mfn"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, max_mfn) - 72usize];
+    ["Offset of field: xen_sysctl_physinfo::hw_cap"]
+        [::core::mem::offset_of!(xen_sysctl_physinfo, hw_cap) - 80usize];
 };

@@ -11,7 +11,7 @@ use super::interface::Interface;
 use super::sys;
 use crate::privcmd::call::{EXTRA_VERSION, LARGEST_INFO, Named, VNUMA_INFO, XENMEM_GET_VNUMAINFO};
 use crate::privcmd::{Call, CallBuffer, Hypercalls};
-use crate::{DomId, DomainInfo};
+use crate::{DomId, DomainInfo, PhysInfo};
 
 pub(crate) use crate::privcmd::call::{BODY, DOMCTL_HEADER, SYSCTL_HEADER};
 
@@ -229,6 +229,12 @@ impl Calls {
             .map(|info| (self.interface.decode_info)(info).map(|info| info.to_domain_info()))
             .collect::<Option<Vec<DomainInfo>>>()
             .ok_or(Errno::EINVAL)
+    }
+
+    /// `XEN_SYSCTL_physinfo`.
+    pub(super) fn physinfo(&self) -> Result<PhysInfo, Errno> {
+        let answer = self.sysctl(sys::XEN_SYSCTL_physinfo, &[0; BODY], &mut [])?;
+        (self.interface.decode_physinfo)(&answer).ok_or(Errno::EINVAL)
     }
 
     /// A sysctl, in the interface version of this Xen.

@@ -1,14 +1,14 @@
 //! Differences between the versions of Xen's domctl interface, in one table.
 //!
-//! | domctl | Xen | `createdomain` | `getdomaininfo` | sysctl |
-//! |---|---|---|---|---|
-//! | 0x12 | 4.14 | no misc_flags, no vmtrace_size, no grant_opts | no misc_flags | 0x13 |
-//! | 0x13 | 4.15 | + misc_flags, vmtrace_size | + misc_flags | 0x13 |
-//! | 0x14 | 4.16 | + grant_opts | + gpaddr_bits | 0x14 |
-//! | 0x15 | 4.17 | + cpupool_id | | 0x15 |
-//! | 0x16 | 4.18 | | | 0x15 |
-//! | 0x17 | 4.19–4.21 | + altp2m | | 0x15, 4.21: 0x16 |
-//! | 0x18 | 4.22 | | | 0x16 |
+//! | domctl | Xen | `createdomain` | `getdomaininfo` | sysctl | `physinfo` |
+//! |---|---|---|---|---|---|
+//! | 0x12 | 4.14 | no misc_flags, no vmtrace_size, no grant_opts | no misc_flags | 0x13 | no arch_capabilities |
+//! | 0x13 | 4.15 | + misc_flags, vmtrace_size | + misc_flags | 0x13 | |
+//! | 0x14 | 4.16 | + grant_opts | + gpaddr_bits | 0x14 | |
+//! | 0x15 | 4.17 | + cpupool_id | | 0x15 | + arch_capabilities |
+//! | 0x16 | 4.18 | | | 0x15 | |
+//! | 0x17 | 4.19–4.21 | + altp2m | | 0x15, 4.21: 0x16 | |
+//! | 0x18 | 4.22 | | | 0x16 | |
 //!
 //! Every other structure is the same in all of them: `cargo xtask bindings` checks that. (From 0x18
 //! on `createdomain` chooses a number only for DOMID_ANY, which older versions accept as well, and
@@ -18,7 +18,7 @@
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::sys::{common as sys, v12, v13, v14, v15, v16, v17, v18};
-use crate::{DomId, DomainInfo, GuestKind, ShutdownReason, Uuid, XenVersion};
+use crate::{DomId, DomainInfo, GuestKind, PhysInfo, ShutdownReason, Uuid, XenVersion};
 use xsr_format::frame::Gfn;
 
 /// The domctl and sysctl interface versions of Xen 4.`minor`; for a Xen newer than the known ones,
@@ -112,6 +112,14 @@ pub(crate) struct Interface {
         expect(dead_code, reason = "for the mock machine")
     )]
     pub(crate) encode_info: fn(&Info) -> Vec<u8>,
+    /// Decodes a `xen_sysctl_physinfo`; `None` if there are too few bytes.
+    pub(crate) decode_physinfo: fn(&[u8]) -> Option<PhysInfo>,
+    /// Encodes one, as a hypervisor does.
+    #[cfg_attr(
+        not(feature = "mock"),
+        expect(dead_code, reason = "for the mock machine")
+    )]
+    pub(crate) encode_physinfo: fn(&PhysInfo) -> Vec<u8>,
     /// Encodes a `xen_domctl_createdomain`.
     pub(crate) encode_create: fn(&Create) -> Vec<u8>,
     /// Decodes one, as a hypervisor does; `None` if there are too few bytes or the grant table
@@ -169,6 +177,36 @@ macro_rules! interface {
                 out.max_vcpu_id = info.max_vcpu_id;
                 out.arch_config.emulation_flags = info.emulation;
                 out.handle = info.handle;
+                out.as_bytes().to_vec()
+            },
+            decode_physinfo: |bytes| {
+                let (info, _) = $module::xen_sysctl_physinfo::read_from_prefix(bytes).ok()?;
+                let has = |capability: u32| info.capabilities & capability != 0;
+                Some(PhysInfo {
+                    total_pages: info.total_pages,
+                    free_pages: info.free_pages,
+                    outstanding_pages: info.outstanding_pages,
+                    cpu_khz: info.cpu_khz,
+                    pv: has(sys::XEN_SYSCTL_PHYSCAP_pv),
+                    hvm: has(sys::XEN_SYSCTL_PHYSCAP_hvm),
+                    hap: has(sys::XEN_SYSCTL_PHYSCAP_hap),
+                    shadow: has(sys::XEN_SYSCTL_PHYSCAP_shadow),
+                })
+            },
+            encode_physinfo: |info| {
+                let mut out = $module::xen_sysctl_physinfo::new_zeroed();
+                out.total_pages = info.total_pages;
+                out.free_pages = info.free_pages;
+                out.outstanding_pages = info.outstanding_pages;
+                out.cpu_khz = info.cpu_khz;
+                for (has, capability) in [
+                    (info.pv, sys::XEN_SYSCTL_PHYSCAP_pv),
+                    (info.hvm, sys::XEN_SYSCTL_PHYSCAP_hvm),
+                    (info.hap, sys::XEN_SYSCTL_PHYSCAP_hap),
+                    (info.shadow, sys::XEN_SYSCTL_PHYSCAP_shadow),
+                ] {
+                    out.capabilities |= capability * u32::from(has);
+                }
                 out.as_bytes().to_vec()
             },
             encode_create: |create| {

@@ -399,6 +399,7 @@ fn a_call_names_no_memory_but_that_of_its_buffers() {
     let mut short = face.buffer(143).unwrap();
     short.write(0, &pause.to_le_bytes());
     assert_eq!(refused(Call::domctl(&mut short, &mut [])), Errno::EFAULT);
+    short.write(0, &9999_u32.to_le_bytes());
     assert_eq!(refused(Call::sysctl(&mut short, &mut [])), Errno::ENOSYS);
     assert_eq!(
         refused(Call::plain(sys::__HYPERVISOR_memory_op, 9)),
