@@ -23,6 +23,6 @@ fn a_source_that_failed_gives_no_more() {
             vec![0x71; had as usize]
         );
         let again = source.read(&mut [0; 16]).unwrap_err();
-        assert!(again.to_string().contains("failed earlier"), "{again}");
+        assert!(format!("{again:?}").contains("failed earlier"), "{again:?}");
     }
 }
