@@ -203,15 +203,9 @@ pub(crate) struct SaveArgs {
     /// Run this program while the domain is suspended, to snapshot its disks (docs/checkpoint.md)
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) at_freeze: Option<PathBuf>,
-    /// Kill that program after S seconds, and fail the save
-    #[arg(
-        long,
-        value_name = "S",
-        default_value_t = 10,
-        value_parser = clap::value_parser!(u32).range(1..=3600),
-        requires = "at_freeze"
-    )]
-    pub(crate) at_freeze_limit: u32,
+    /// Kill that program after S seconds, and fail the save [default: 10]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub(crate) at_freeze_limit: Option<u32>,
     /// Save even if there is too little space for the image
     #[arg(long)]
     pub(crate) force: bool,

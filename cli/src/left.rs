@@ -21,9 +21,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
+use xsr_save_restore::at_freeze::{Group, Surroundings};
 use xsr_save_restore::storage::file::{Cleanup, Registered};
+
+use crate::text::shown_path;
 
 /// How long to wait for a guest's state before the process ends without it.
 const DESCRIBE_WAIT: Duration = Duration::from_secs(1);
@@ -41,20 +42,6 @@ enum Thing {
     Work(Arc<Describe>),
     /// A program that has been started and must still be told how the work ended.
     Program { path: String, group: Group },
-}
-
-/// The process group of a program as long as it runs. Its leader is reaped under the lock, so that
-/// the number refers to no other group.
-pub(crate) type Group = Arc<Mutex<Option<Pid>>>;
-
-/// Kills all processes of a group that still runs.
-pub(crate) fn kill(group: &Group) {
-    let group = group.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(pid) = *group
-        && let Err(error) = killpg(pid, Signal::SIGKILL)
-    {
-        tracing::debug!(%error, "killing process group {pid}");
-    }
 }
 
 /// Returns the state of a guest at this moment.
@@ -147,12 +134,6 @@ impl Left {
         Self::behind(Thing::Work(Arc::new(describe)))
     }
 
-    /// A program that runs beside the work on a guest. It is killed if the process ends without
-    /// cleanup.
-    pub(crate) fn program(path: String, group: Group) -> Self {
-        Self::behind(Thing::Program { path, group })
-    }
-
     /// The entry stays until the command is [`over`].
     pub(crate) fn until_the_end(mut self) {
         self.number = None;
@@ -177,6 +158,24 @@ impl Left {
             self.number = None;
         }
         Ok(kept)
+    }
+}
+
+/// Registers programs of `--at-freeze`, which are killed if the process ends without cleanup.
+#[derive(Debug)]
+pub(crate) struct Programs;
+
+impl Surroundings for Programs {
+    /// Descriptors that this process inherited are not closed in its children otherwise.
+    fn before_start(&self) -> io::Result<()> {
+        xsr_stdio::close_on_exec()
+    }
+
+    fn started(&self, path: &Path, group: &Group) -> Box<dyn std::fmt::Debug + Send> {
+        Box::new(Left::behind(Thing::Program {
+            path: shown_path(path),
+            group: group.clone(),
+        }))
     }
 }
 
@@ -295,7 +294,7 @@ pub(crate) fn describe() -> (Vec<String>, bool) {
             Thing::Directory(path) => said.push(format!("{} is left: remove it", path.display())),
             Thing::Complete(path) => said.push(format!("{} is complete", path.display())),
             Thing::Program { path, group } => {
-                kill(&group);
+                group.kill();
                 said.push(format!(
                     "{path} was not told how the save ended: remove its snapshot"
                 ));

@@ -7,7 +7,6 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod at_freeze;
 mod backend;
 mod cmd;
 mod condition;

@@ -1,11 +1,8 @@
 //! Wording shared by commands: numbers, sizes, ranges, and escaped text from outside.
 
-use std::ffi::OsStr;
-use std::fmt::{self, Write as _};
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::fmt;
 
-pub(crate) use xsr_save_restore::text::{escaped, is_unfit, shown};
+pub(crate) use xsr_save_restore::text::{escaped, is_unfit, shown, shown_path};
 
 /// The longest name of a domain, in characters, that a message shows in full.
 const LONGEST_NAME: usize = 100;
@@ -77,25 +74,12 @@ pub(crate) fn shown_value(value: &str) -> String {
     cut(value, LONGEST_VALUE)
 }
 
-/// A path for a message: invalid UTF-8 as `\xff`, control characters escaped.
-pub(crate) fn shown_path(path: &Path) -> String {
-    shown_os(path.as_os_str())
-}
-
-fn shown_os(text: &OsStr) -> String {
-    let mut out = String::new();
-    for chunk in text.as_bytes().utf8_chunks() {
-        out.push_str(&shown(chunk.valid()));
-        for byte in chunk.invalid() {
-            // Writing to a String cannot fail.
-            write!(out, "\\x{byte:02x}").unwrap_or_default();
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::path::Path;
+
     use super::*;
 
     #[test]

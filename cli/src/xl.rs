@@ -150,9 +150,11 @@ impl Xl {
             Some(words) => words.lock(&arguments)?,
             None => None,
         };
+        let mut at_freeze = None;
         let target = match &words {
             Some(words) if words.command == "save" => {
-                save::Target::prepare(words, &mut arguments, mapped)?
+                at_freeze = setting::freeze_program(&settings)?;
+                save::Target::prepare(words, &mut arguments, mapped, at_freeze.is_some())?
             }
             _ => None,
         };
@@ -163,9 +165,13 @@ impl Xl {
         let flags = flags.into_iter().filter(|(given, _)| *given);
         let flags = flags.map(|(_, (name, value))| (name, value.into()));
         let settings = settings.into_iter().map(Setting::variable);
-        let settings = settings.chain(plan).chain(flags);
+        let name = target.as_ref().map(|target| target.path.clone().into());
+        let name = name.map(|name| (setting::FINAL_NAME, name));
+        let settings = settings.chain(plan).chain(flags).chain(name);
         let ended = child::run(xl, &helper, settings, restores, lock.as_ref());
         let succeeded = ended.as_ref().is_ok_and(|ended| ended.status.success());
+        let frozen = ended.as_ref().ok().and_then(|ended| ended.frozen.clone());
+        let killed = ended.as_ref().is_ok_and(|ended| ended.killed);
         let code = match ended {
             Ok(ended) if ended.killed => {
                 child::say_what_is_left();
@@ -174,10 +180,23 @@ impl Xl {
             ended => ended.and_then(|ended| code_of(ended.status)),
         };
         drop(lock);
-        match target {
-            Some(target) => target.finish(code, succeeded),
+        let mut is_kept = false;
+        let code = match target {
+            Some(target) => target.finish(code, succeeded, &mut is_kept),
             None => code,
+        };
+        if let (Some(mut program), Some(guest)) = (at_freeze, frozen) {
+            match killed {
+                // The helper may still be at work, and the program with it.
+                true => child::say_that_program_was_not_told(),
+                false => {
+                    program.is_about(guest);
+                    program.is_saved = is_kept;
+                    program.tell();
+                }
+            }
         }
+        code
     }
 }
 

@@ -88,6 +88,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod at_freeze;
 pub mod back_channel;
 mod bitmap;
 mod descriptor;

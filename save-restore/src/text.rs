@@ -1,6 +1,10 @@
 //! Text for a terminal: escapes of text from outside, errors with their causes.
 
 use std::error::Error;
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 
 /// Whether this character would control a terminal, or change the order in which text is shown: C0
 /// and C1 controls, DEL, line separators, bidirectional controls.
@@ -29,6 +33,23 @@ pub fn escaped(text: &str, unfit: impl Fn(char) -> bool) -> String {
             // `\n`, `\u{1b}`.
             true => out.extend(c.escape_default()),
             false => out.push(c),
+        }
+    }
+    out
+}
+
+/// A path for a message: invalid UTF-8 as `\xff`, control characters escaped.
+pub fn shown_path(path: &Path) -> String {
+    shown_os(path.as_os_str())
+}
+
+fn shown_os(text: &OsStr) -> String {
+    let mut out = String::new();
+    for chunk in text.as_bytes().utf8_chunks() {
+        out.push_str(&shown(chunk.valid()));
+        for byte in chunk.invalid() {
+            // Writing to a String cannot fail.
+            write!(out, "\\x{byte:02x}").unwrap_or_default();
         }
     }
     out

@@ -5,12 +5,20 @@
 
 use anyhow::Result;
 use xsr_save_restore::toolstack::ToolstackError;
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore as _};
 use xsr_xen_backend::{DomId, Domain, Host, XenHost};
 
 /// A hypervisor, and what imitates libxl's actions on its domains if it is not Xen.
 pub(crate) trait Backend {
     /// The hypervisor.
     fn host(&self) -> &dyn Host;
+
+    /// The domain's name.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    fn name(&self, domain: DomainRef) -> Result<Option<String>>;
 
     /// The guest to suspend and resume when libxl says that it has done so. `ran`: whether the
     /// domain holds a guest already.
@@ -49,6 +57,10 @@ struct Xen(XenHost);
 impl Backend for Xen {
     fn host(&self) -> &dyn Host {
         &self.0
+    }
+
+    fn name(&self, domain: DomainRef) -> Result<Option<String>> {
+        Ok(self.0.name(domain)?)
     }
 
     fn stand_in<'d>(

@@ -3,11 +3,13 @@
 
 use std::env::{self, VarError};
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use xsr_save_restore::CpuCheck;
+use xsr_save_restore::at_freeze::{DEFAULT_LIMIT, MAX_LIMIT_SECONDS};
 use xsr_save_restore::save::mapped::MappedOptions;
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 
@@ -25,6 +27,16 @@ const LIVE: &str = "XSR_LIVE";
 const LAYOUT: &str = "XSR_LAYOUT";
 /// Whether a mapped image contains the digest of each page: `1`.
 const PAGE_DIGESTS: &str = "XSR_PAGE_DIGESTS";
+
+/// The program to run while the domain is suspended: an absolute path (docs/checkpoint.md).
+const AT_FREEZE: &str = "XSR_AT_FREEZE";
+/// The seconds after which it is killed.
+const AT_FREEZE_LIMIT: &str = "XSR_AT_FREEZE_LIMIT";
+/// Set by `xsr save`, which gives the image its final name: that name, an absolute path.
+const FINAL_NAME: &str = "XSR_HELPER_FILE";
+/// Names the file to write when the program of `XSR_AT_FREEZE` is run. `xsr save` sets it, and tells
+/// the program how the save ended (`cli/src/xl/child.rs`).
+const FROZEN: &str = "XSR_HELPER_FROZEN";
 
 /// What to do if the guest has seen CPU features that this host lacks: `warn` or `refuse`.
 const PLAN: &str = "XSR_PLAN";
@@ -71,6 +83,37 @@ fn flag(name: &'static str) -> Result<bool> {
         Some("1") => Ok(true),
         Some(other) => bail!("{name} is {other:?}, expected 0 or 1"),
     }
+}
+
+/// The program to run while the domain is suspended.
+#[derive(Debug)]
+pub(crate) struct AtFreeze {
+    pub(crate) path: PathBuf,
+    pub(crate) limit: Duration,
+    /// The final name of the image, if the file gets another one.
+    pub(crate) file: Option<PathBuf>,
+    /// If another process tells the program how the save ended: the file by which that knows that
+    /// the program has been run.
+    pub(crate) frozen: Option<PathBuf>,
+}
+
+/// The program to run while the domain is suspended, if it is set.
+pub(crate) fn at_freeze() -> Result<Option<AtFreeze>> {
+    let limit = match number::<u32>(AT_FREEZE_LIMIT, "seconds")? {
+        None => DEFAULT_LIMIT,
+        Some(seconds @ 1..=MAX_LIMIT_SECONDS) => Duration::from_secs(seconds.into()),
+        Some(other) => {
+            bail!("{AT_FREEZE_LIMIT} is {other}, expected 1 to {MAX_LIMIT_SECONDS} seconds")
+        }
+    };
+    let path = |name| env::var_os(name).map(PathBuf::from);
+    let program = path(AT_FREEZE).filter(|path| !path.as_os_str().is_empty());
+    Ok(program.map(|program| AtFreeze {
+        path: program,
+        limit,
+        file: path(FINAL_NAME),
+        frozen: path(FROZEN),
+    }))
 }
 
 /// Whether to save a domain while it runs although libxl does not ask for that.

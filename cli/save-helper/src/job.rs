@@ -19,9 +19,10 @@ use xsr_save_restore::source::FdSource;
 use xsr_save_restore::{
     Live, RestoreError, RestoreRequest, Restored, Rings, SaveError, SaveOptions,
 };
-use xsr_xen_backend::{BackendError, MapError};
+use xsr_xen_backend::{BackendError, Domain, MapError};
 
 use crate::args::{Args, RestoreArgs, SaveArgs, StreamType};
+use crate::at_freeze::AtFreeze;
 use crate::backend::Backend;
 use crate::environment;
 use crate::mapped::Target;
@@ -98,12 +99,28 @@ fn back_channel(what: &str, fd: i32) -> Result<OwnedFd> {
 }
 
 fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
-    let cancel = wire.cancel();
     let stream = taken(args.io_fd)?;
-    let mut mapped = target(args, &stream)?;
-    let mut sink = FdSink::cancellable(stream, cancel.clone())?;
     let domain = backend.host().domain(args.domid)?;
     let domain = domain.as_ref();
+    let mut at_freeze = AtFreeze::of(args, &stream, wire.cancel(), backend, domain)?;
+    let result = save_domain(args, wire, backend, stream, domain, at_freeze.as_mut());
+    if let Some(at_freeze) = at_freeze {
+        at_freeze.conclude(result.is_ok());
+    }
+    result
+}
+
+fn save_domain(
+    args: &SaveArgs,
+    wire: &Wire,
+    backend: &dyn Backend,
+    stream: OwnedFd,
+    domain: &dyn Domain,
+    at_freeze: Option<&mut AtFreeze>,
+) -> Result<()> {
+    let cancel = wire.cancel();
+    let mut mapped = target(args, &stream)?;
+    let mut sink = FdSink::cancellable(stream, cancel.clone())?;
     let kind = domain.info()?.kind;
     let type_name = if kind.is_translated() { "HVM" } else { "PV" };
     tracing::info!("Saving domain {}, type x86 {type_name}", args.domid.0);
@@ -167,6 +184,9 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
         .observe(&mut on_progress);
     if is_live {
         request = request.live(live);
+    }
+    if let Some(at_freeze) = at_freeze {
+        request = request.at_freeze(&mut at_freeze.program);
     }
     let saved = match mapped.take() {
         None => request.write_stream(&mut toolstack, &mut sink)?,

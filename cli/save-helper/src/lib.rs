@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod at_freeze;
 mod backend;
 mod environment;
 mod job;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 use xsr_save_restore::toolstack::ToolstackError;
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore as _};
 use xsr_xen_backend::mock::{MockError, MockHost, Workload, WorkloadSpec};
 use xsr_xen_backend::{BackendError, DomId, Domain, Host};
 
@@ -48,6 +49,10 @@ pub(crate) fn open() -> Result<Box<dyn Backend>> {
 impl Backend for Mock {
     fn host(&self) -> &dyn Host {
         &*self.host
+    }
+
+    fn name(&self, domain: DomainRef) -> Result<Option<String>> {
+        Ok(self.machine.name(domain)?)
     }
 
     fn stand_in<'d>(

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "helper/at_freeze.rs"]
+mod at_freeze;
 #[path = "helper/colo.rs"]
 mod colo;
 #[path = "../../tests/it/common/images.rs"]

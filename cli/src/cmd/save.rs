@@ -8,6 +8,7 @@ pub(crate) mod sink;
 
 use std::fmt;
 use std::io::Write;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result};
@@ -15,7 +16,8 @@ use serde::Serialize;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
 use xsr_format::wrapper::xl::XlHeader;
-use xsr_save_restore::progress::Progress;
+use xsr_save_restore::at_freeze::{self, FrozenGuest, Program};
+use xsr_save_restore::progress::{Cancel, Progress};
 use xsr_save_restore::save::mapped::{MappedImage, MappedOptions, MappedStats};
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 use xsr_save_restore::sink::{FdSink, PageSink};
@@ -28,7 +30,6 @@ use xsr_xen_backend::{DomId, Domain, DomainInfo};
 use self::sink::ImageSink;
 use crate::args::images::LayoutArg;
 use crate::args::{OnTimeoutArg, SaveArgs, TargetArgs};
-use crate::at_freeze::{Guest, Program};
 use crate::backend::workload;
 use crate::backend::{self, Found, Hypervisor, LIBXL_HEADER, domain_command, name_of};
 use crate::cmd::migrate::can_suspend;
@@ -49,6 +50,14 @@ pub(crate) const FOR_LIVE: &str =
 /// The error for `--page-digests` with another layout.
 pub(crate) const PAGE_DIGESTS_NEED_MAPPED: &str =
     "--page-digests is for --layout mapped: a stream has no digests";
+
+/// The error for a limit without a program.
+pub(crate) const LIMIT_NEEDS_AT_FREEZE: &str =
+    "--at-freeze-limit is for the program of --at-freeze: name one";
+
+/// The error for a program with a pipe or a device.
+pub(crate) const AT_FREEZE_NEEDS_FILE: &str =
+    "--at-freeze is for a save to a file: nothing else is there when it is told so";
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -132,10 +141,14 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
     if args.page_digests && args.layout != LayoutArg::Mapped {
         return Err(Error::new(BadUsage(PAGE_DIGESTS_NEED_MAPPED.to_owned())));
     }
+    if args.at_freeze_limit.is_some() && args.at_freeze.is_none() {
+        return Err(Error::new(BadUsage(LIMIT_NEEDS_AT_FREEZE.to_owned())));
+    }
+    let limit = args.at_freeze_limit.map(u64::from).map(Duration::from_secs);
+    let limit = limit.unwrap_or(at_freeze::DEFAULT_LIMIT);
     let mut watch = Watch::start(terminal, args.progress, "saving")?;
-    let limit = Duration::from_secs(args.at_freeze_limit.into());
     let cancel = watch.interrupt().cancel().clone();
-    let program = (args.at_freeze.as_deref()).map(|path| Program::new(path, limit, cancel));
+    let program = (args.at_freeze.as_deref()).map(|path| freeze_program(path, limit, cancel));
     let mut program = match program.transpose() {
         Ok(program) => program,
         Err(error) => return watch.end(Err(error)),
@@ -145,6 +158,16 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
         program.conclude();
     }
     watch.end(result)
+}
+
+/// The program of `--at-freeze`.
+///
+/// # Errors
+///
+/// [`BadUsage`]: another user could replace it.
+pub(crate) fn freeze_program(path: &Path, limit: Duration, cancel: Cancel) -> Result<Program> {
+    let program = Program::new(path, limit, cancel, Box::new(left::Programs));
+    program.map_err(|why| Error::new(BadUsage(format!("--at-freeze {why}"))))
 }
 
 fn save(
@@ -176,12 +199,10 @@ fn save(
     let after = aftermath(&*host, which, &name, &output);
     if let Some(program) = program {
         if !output.is_new_file() {
-            let why = "--at-freeze is for a save to a file: nothing else is there when it is told \
-                       so";
-            return Err(Error::new(BadUsage(why.to_owned())));
+            return Err(Error::new(BadUsage(AT_FREEZE_NEEDS_FILE.to_owned())));
         }
-        program.is_about(Guest {
-            domid: which.domid.0,
+        program.is_about(FrozenGuest {
+            domid: which.domid,
             name: name.clone(),
             uuid: domain.info()?.uuid.to_string(),
             file: std::path::absolute(&args.file)?,

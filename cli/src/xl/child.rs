@@ -31,6 +31,7 @@ use nix::sys::signal::{self, SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
+use xsr_save_restore::at_freeze::FrozenGuest;
 use xsr_save_restore::signals::{EndingSignals, SignalNumber, sent_to_groups};
 use xsr_xen_backend::domain_store::DomainLock;
 
@@ -41,6 +42,9 @@ use crate::interrupt::{Ask, Requests, say};
 /// Names the file that our helper creates when it begins, so that we know it has run.
 pub(crate) const BEGAN: &str = "XSR_HELPER_BEGAN";
 
+/// Names the file that our helper writes before it runs the program of `--at-freeze`, so that we
+/// know that the program must be told how the save ended.
+const FROZEN: &str = "XSR_HELPER_FROZEN";
 /// The name under which this program becomes the command in its arguments.
 pub(crate) const NAME: &str = "xsr-becomes";
 
@@ -88,9 +92,11 @@ pub(crate) fn hold_signals() -> Result<()> {
 }
 
 /// How xl ended.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Ended {
     pub(super) status: ExitStatus,
+    /// The domain that the program of `--at-freeze` was run for.
+    pub(super) frozen: Option<FrozenGuest>,
     /// Whether it was killed because the user insisted.
     pub(super) killed: bool,
 }
@@ -118,10 +124,13 @@ pub(super) fn run(
     signals.thread_block().context("blocking signals")?;
     let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
     let scratch = tempfile::tempdir().context("making a temporary directory")?;
-    let began = scratch.path().join("began");
+    let [began, frozen] = ["began", "frozen"].map(|name| scratch.path().join(name));
     let mut command = deaf("exec \"$@\"", restores);
     command.args(xl);
-    command.env(HELPER_VARIABLE, helper).env(BEGAN, &began);
+    command
+        .env(HELPER_VARIABLE, helper)
+        .env(BEGAN, &began)
+        .env(FROZEN, &frozen);
     command.envs(settings);
     // The helper uses this variable differently.
     command.env_remove(BACKEND_VARIABLE);
@@ -137,7 +146,12 @@ pub(super) fn run(
         );
     }
     let stop = |xl| stop(xl, restores, &began);
-    wait(&mut child, &arrived, ending, &stop).context("waiting for xl")
+    let ended = wait(&mut child, &arrived, ending, &stop).context("waiting for xl")?;
+    let about = fs::read(&frozen).ok();
+    Ok(Ended {
+        frozen: about.and_then(|about| FrozenGuest::from_bytes(&about)),
+        ..ended
+    })
 }
 
 fn wait(
@@ -150,7 +164,11 @@ fn wait(
     let mut killed = false;
     loop {
         if let Some(status) = child.try_wait()? {
-            return Ok(Ended { status, killed });
+            return Ok(Ended {
+                status,
+                frozen: None,
+                killed,
+            });
         }
         let signal = match arrived.read_signal() {
             Ok(Some(signal)) => signal,
@@ -187,6 +205,11 @@ pub(super) fn say_what_is_left() {
          NAME--migratedaway), half made (NAME--incoming, or paused), or gone: see `xl list`. An \
          image that was being written is not complete",
     );
+}
+
+/// The program of `--at-freeze` cannot be told how the save ended, because xl has been killed.
+pub(super) fn say_that_program_was_not_told() {
+    say("the program of --at-freeze was not told how the save ended: remove its snapshot");
 }
 
 /// Make xl's save helper cancel its work. End xl if no helper has begun, or if xl has restored a

@@ -18,6 +18,7 @@ use xsr_format::walk::{Content, Walk};
 use super::words::Words;
 use crate::args::Backend;
 use crate::backend::Hypervisor;
+use crate::cmd::save::AT_FREEZE_NEEDS_FILE;
 use crate::exit::{Aftermath, BadUsage};
 use crate::file::is_dash;
 use crate::output::{Existing, Output, Plan};
@@ -27,6 +28,8 @@ use crate::text::shown_path;
 #[derive(Debug)]
 pub(super) struct Target {
     output: Output,
+    /// The final name of the file, an absolute path.
+    pub(super) path: PathBuf,
 }
 
 impl Target {
@@ -40,6 +43,7 @@ impl Target {
         words: &Words,
         arguments: &mut [OsString],
         mapped: bool,
+        at_freeze: bool,
     ) -> Result<Option<Self>> {
         let [domain, file, ..] = words.positions[..] else {
             return Ok(None);
@@ -59,6 +63,9 @@ impl Target {
                 output.name()
             ))));
         }
+        if at_freeze && !output.is_new_file() {
+            return Err(Error::new(BadUsage(AT_FREEZE_NEEDS_FILE.to_owned())));
+        }
         match output.temporary() {
             Some(temporary) => arguments[file] = temporary.as_os_str().to_owned(),
             None => check_truncated(&output)?,
@@ -74,15 +81,22 @@ impl Target {
         {
             output.check_room(bytes)?;
         }
-        Ok(Some(Self { output }))
+        let path = std::path::absolute(&path)?;
+        Ok(Some(Self { output, path }))
     }
 
-    /// Called after xl has ended, with its result and whether it succeeded.
+    /// Called after xl has ended, with its result and whether it succeeded. Sets `is_kept` if there
+    /// is an image now.
     ///
     /// # Errors
     ///
     /// xl's error; the file could not be renamed.
-    pub(super) fn finish<T>(self, ended: Result<T>, succeeded: bool) -> Result<T> {
+    pub(super) fn finish<T>(
+        self,
+        ended: Result<T>,
+        succeeded: bool,
+        is_kept: &mut bool,
+    ) -> Result<T> {
         let written = match self.output.temporary() {
             None => return ended,
             Some(temporary) => written(temporary),
@@ -92,10 +106,13 @@ impl Target {
                 bail!("xl says that it has saved the domain, but has written nothing")
             }
             Written::Image | Written::Something if succeeded => {
+                // If it cannot be given its name, it stays under the other one.
+                *is_kept = true;
                 return self.output.finish_or_keep().and(ended);
             }
             // xl was killed after it had saved the domain, and perhaps destroyed it.
             Written::Image => {
+                *is_kept = true;
                 let after = format!(
                     "xl failed after the image was complete: it is {}; `xl list` says whether \
                      the domain is there, too",

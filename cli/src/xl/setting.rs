@@ -2,21 +2,37 @@
 //! (docs/toolstacks.md).
 
 use std::ffi::OsString;
+use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Error, Result};
 
+use xsr_save_restore::at_freeze::{DEFAULT_LIMIT, Program};
+use xsr_save_restore::progress::Cancel;
+
 use super::COMMANDS;
+use crate::cmd::save::{LIMIT_NEEDS_AT_FREEZE, freeze_program as freeze_program_at};
 use crate::exit::BadUsage;
 
 /// The helper's settings, which xl and libxl do not know: our option, the variable, and the
 /// commands that have it.
-const SETTINGS: [(&str, &str, &[&str]); 5] = [
+const SETTINGS: [(&str, &str, &[&str]); 7] = [
     ("threads", "XSR_THREADS", &COMMANDS),
     ("max-downtime", "XSR_MAX_DOWNTIME", &["migrate", "save"]),
     ("timeout", "XSR_TIMEOUT", &["migrate", "save"]),
     ("on-timeout", "XSR_ON_TIMEOUT", &["migrate", "save"]),
     ("layout", LAYOUT, &["save"]),
+    ("at-freeze", AT_FREEZE, &["save"]),
+    ("at-freeze-limit", AT_FREEZE_LIMIT, &["save"]),
 ];
+
+/// Tells our helper the final name of the file that xl writes.
+pub(super) const FINAL_NAME: &str = "XSR_HELPER_FILE";
+
+/// The program to run while the domain is suspended.
+const AT_FREEZE: &str = "XSR_AT_FREEZE";
+/// The seconds after which it is killed.
+const AT_FREEZE_LIMIT: &str = "XSR_AT_FREEZE_LIMIT";
 
 /// Where page data lies in the file of a save.
 const LAYOUT: &str = "XSR_LAYOUT";
@@ -38,6 +54,30 @@ pub(super) fn plan(force: bool) -> Option<(&'static str, OsString)> {
         (false, None) => Some((PLAN, "refuse".into())),
         (false, Some(_)) => None,
     }
+}
+
+/// The program to run while the domain is suspended, from these settings or the environment.
+///
+/// # Errors
+///
+/// [`BadUsage`]: another user could replace it; there is a limit without a program.
+pub(super) fn freeze_program(settings: &[Setting]) -> Result<Option<Program>> {
+    let given = |name| {
+        let setting = settings.iter().rfind(|setting| setting.variable == name);
+        setting.map(|setting| setting.value.clone())
+    };
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let Some(path) = given(AT_FREEZE).or_else(|| set(AT_FREEZE)) else {
+        return match given(AT_FREEZE_LIMIT) {
+            None => Ok(None),
+            Some(_) => Err(Error::new(BadUsage(LIMIT_NEEDS_AT_FREEZE.to_owned()))),
+        };
+    };
+    // The helper, which checks its own, complains of another one.
+    let limit = given(AT_FREEZE_LIMIT).or_else(|| set(AT_FREEZE_LIMIT));
+    let seconds = limit.and_then(|limit| limit.to_str()?.parse().ok());
+    let limit = seconds.map_or(DEFAULT_LIMIT, Duration::from_secs);
+    freeze_program_at(Path::new(&path), limit, Cancel::new()).map(Some)
 }
 
 /// A setting of one command.
@@ -71,7 +111,7 @@ impl Setting {
 
     /// Whether it is about the passes of a live save.
     pub(super) fn is_for_live(&self) -> bool {
-        !["XSR_THREADS", LAYOUT].contains(&self.variable)
+        ["XSR_MAX_DOWNTIME", "XSR_TIMEOUT", "XSR_ON_TIMEOUT"].contains(&self.variable)
     }
 
     /// Whether it asks for the mapped layout.

@@ -1,6 +1,8 @@
 //! Commands that run `xl` on a Xen host. A script in place of xl prints its arguments and its
 //! environment.
 
+mod at_freeze;
+
 use std::fs;
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
 use std::os::fd::AsFd as _;

@@ -1,13 +1,15 @@
-//! `--at-freeze`: a program that runs while the guest is suspended, so that it can snapshot the
-//! guest's disks in the same instant.
+//! A program that runs while the guest is suspended, so that it can snapshot the guest's disks in
+//! the same instant (`xsr save --at-freeze`, `XSR_AT_FREEZE` of the save helper).
 //!
 //! The program is run directly, without a shell, as the user of this process, which is root on a
 //! Xen host. So only root may be able to replace it. It gets only a fixed environment from this
 //! process, without descriptors or arguments.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::fs::{self, Metadata};
 use std::io::{self, BufRead as _, BufReader, Read};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -18,15 +20,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Error, Result};
+use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, geteuid};
-use xsr_save_restore::progress::{Cancel, Cancelled};
-use xsr_save_restore::save::AtFreeze;
-use xsr_save_restore::toolstack::ToolstackError;
+use xsr_xen_backend::DomId;
 
-use crate::exit::BadUsage;
-use crate::left::{self, Group, Left};
+use crate::progress::{Cancel, Cancelled};
+use crate::save::AtFreeze;
 use crate::text::{shown, shown_path};
+use crate::toolstack::ToolstackError;
 
 /// The PATH of the program.
 const PROGRAMS: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
@@ -41,32 +42,107 @@ const REAP_WAIT: Duration = Duration::from_secs(5);
 /// The longest line of its output that is logged as one, in bytes.
 const LONGEST_LINE: u64 = 1024;
 
-const WHAT: &str = "running the program of --at-freeze";
+const WHAT: &str = "running the program at the freeze";
+
+/// How long the program may run, unless the user says otherwise.
+pub const DEFAULT_LIMIT: Duration = Duration::from_secs(10);
+
+/// The longest limit that a user can give, in seconds.
+pub const MAX_LIMIT_SECONDS: u32 = 3600;
+
+/// The process group of a program as long as it runs. Its leader is reaped under the lock, so that
+/// the number refers to no other group.
+#[derive(Clone, Debug)]
+pub struct Group(Arc<Mutex<Option<Pid>>>);
+
+impl Group {
+    /// Kills all processes of the group if it still runs.
+    pub fn kill(&self) {
+        let group = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pid) = *group
+            && let Err(error) = killpg(pid, Signal::SIGKILL)
+        {
+            tracing::debug!(%error, "killing process group {pid}");
+        }
+    }
+}
+
+/// What the process that runs a program has to do besides.
+pub trait Surroundings: fmt::Debug + Send {
+    /// Called before a program is started: has it inherit stdin, stdout and stderr alone.
+    ///
+    /// # Errors
+    ///
+    /// The program is not started.
+    fn before_start(&self) -> io::Result<()>;
+
+    /// A program has been started, and must be told how the save ended. It has been told when the
+    /// result is dropped.
+    fn started(&self, path: &Path, group: &Group) -> Box<dyn fmt::Debug + Send>;
+}
+
+/// A program that must not be run: another user could replace it, or it is none.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}: {why}", shown_path(path))]
+pub struct Unfit {
+    path: PathBuf,
+    why: String,
+}
 
 /// What the program is told, in addition to the phase.
-#[derive(Clone, Debug)]
-pub(crate) struct Guest {
-    pub(crate) domid: u16,
-    pub(crate) name: String,
-    pub(crate) uuid: String,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FrozenGuest {
+    /// Its number.
+    pub domid: DomId,
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
     /// The final name of the image.
-    pub(crate) file: PathBuf,
+    pub file: PathBuf,
+}
+
+impl FrozenGuest {
+    /// For another process: [`from_bytes`](Self::from_bytes) gives the same back.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let domid = self.domid.0.to_string();
+        let fields = [domid.as_bytes(), self.name.as_bytes(), self.uuid.as_bytes()];
+        let mut bytes = fields.join(&0);
+        bytes.push(0);
+        bytes.extend(self.file.as_os_str().as_bytes());
+        bytes
+    }
+
+    /// `None` if the bytes are not complete.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut fields = bytes.splitn(4, |byte| *byte == 0);
+        let mut text = || String::from_utf8(fields.next()?.to_vec()).ok();
+        let (domid, name, uuid) = (text()?.parse().ok()?, text()?, text()?);
+        let file = OsStr::from_bytes(fields.next()?);
+        Some(Self {
+            domid: DomId(domid),
+            name,
+            uuid,
+            file: file.into(),
+        })
+    }
 }
 
 /// The program of one save.
 #[derive(Debug)]
-pub(crate) struct Program {
+pub struct Program {
     path: PathBuf,
     limit: Duration,
     cancel: Cancel,
+    surroundings: Box<dyn Surroundings>,
     environment: Vec<(&'static str, OsString)>,
     running: Option<Running>,
-    /// Set once the program was started: it must be told how the save ended.
-    left: Option<Left>,
+    /// Set once the program was started, until it has been told how the save ended.
+    told: Option<Box<dyn fmt::Debug + Send>>,
     /// Whether the image has its final name.
-    pub(crate) is_saved: bool,
+    pub is_saved: bool,
     /// How long the program ran while the guest was suspended.
-    pub(crate) took: Option<Duration>,
+    pub took: Option<Duration>,
 }
 
 /// A program that was started. A thread waits for its end. Dropping this kills the program with
@@ -91,9 +167,9 @@ struct Ended {
 impl Drop for Running {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        left::kill(&self.group);
+        self.group.kill();
         if self.reaped.recv_timeout(REAP_WAIT) == Err(RecvTimeoutError::Timeout) {
-            tracing::warn!("the program of --at-freeze was killed, but does not end");
+            tracing::warn!("the program that ran at the freeze was killed, but does not end");
         }
     }
 }
@@ -114,7 +190,7 @@ impl Waiting {
         let took = self.began.elapsed();
         let is_killed = result.is_err();
         if is_killed {
-            left::kill(&self.group);
+            self.group.kill();
         }
         let result = result.and_then(|status| match status.success() {
             true => Ok(()),
@@ -148,7 +224,7 @@ impl Waiting {
 
     /// The status of the child, once it has ended. It then has no process group any more.
     fn reap(&mut self) -> io::Result<Option<ExitStatus>> {
-        let mut group = self.group.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut group = self.group.0.lock().unwrap_or_else(PoisonError::into_inner);
         let status = self.child.try_wait()?;
         if status.is_some() {
             *group = None;
@@ -162,27 +238,34 @@ impl Program {
     ///
     /// # Errors
     ///
-    /// [`BadUsage`]: another user could replace the program.
-    pub(crate) fn new(path: &Path, limit: Duration, cancel: Cancel) -> Result<Self> {
-        let path = checked(path).map_err(|why| {
-            Error::new(BadUsage(format!("--at-freeze {}: {why}", shown_path(path))))
+    /// Another user could replace the program, or there is none.
+    pub fn new(
+        path: &Path,
+        limit: Duration,
+        cancel: Cancel,
+        surroundings: Box<dyn Surroundings>,
+    ) -> Result<Self, Unfit> {
+        let path = checked(path).map_err(|why| Unfit {
+            path: path.to_owned(),
+            why,
         })?;
         Ok(Self {
             path,
             limit,
             cancel,
+            surroundings,
             environment: Vec::new(),
             running: None,
-            left: None,
+            told: None,
             is_saved: false,
             took: None,
         })
     }
 
     /// Sets the guest that is saved.
-    pub(crate) fn is_about(&mut self, guest: Guest) {
+    pub fn is_about(&mut self, guest: FrozenGuest) {
         self.environment = vec![
-            ("XSR_DOMID", guest.domid.to_string().into()),
+            ("XSR_DOMID", guest.domid.0.to_string().into()),
             ("XSR_NAME", guest.name.into()),
             ("XSR_UUID", guest.uuid.into()),
             ("XSR_FILE", guest.file.into_os_string()),
@@ -190,24 +273,35 @@ impl Program {
     }
 
     /// Called when the save is over: tells the program, if it was run, whether the image was saved.
-    pub(crate) fn conclude(&mut self) {
-        // A program that is still running is killed first.
-        self.running = None;
-        if self.left.is_none() {
-            return;
+    pub fn conclude(&mut self) {
+        if self.stop() {
+            self.tell();
         }
+    }
+
+    /// Called when the save is over and another process tells the program how it ended
+    /// ([`tell`](Self::tell)). Kills the program if it still runs. Returns whether it was run.
+    pub fn stop(&mut self) -> bool {
+        self.running = None;
+        self.told.take().is_some()
+    }
+
+    /// Runs the program again, to tell it whether the image was saved.
+    pub fn tell(&mut self) {
         let phase = match self.is_saved {
             true => "saved",
             false => "failed",
         };
         // The program must be told even if the save was cancelled.
         self.cancel = Cancel::new();
+        let took = self.took;
         let ended = self.start(phase).and_then(|running| {
             self.running = Some(running);
             self.look(true)
         });
         self.running = None;
-        self.left = None;
+        self.told = None;
+        self.took = took;
         if let Err(error) = ended {
             let path = shown_path(&self.path);
             tracing::warn!("{path} with XSR_PHASE={phase}: {error}");
@@ -215,8 +309,7 @@ impl Program {
     }
 
     fn start(&mut self, phase: &str) -> io::Result<Running> {
-        // Descriptors that this process inherited are not closed in its children otherwise.
-        xsr_stdio::close_on_exec()?;
+        self.surroundings.before_start()?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let deadline = now.map_err(io::Error::other)? + self.limit;
         let mut child = Command::new(&self.path)
@@ -239,13 +332,12 @@ impl Program {
             log(out, "stderr");
         }
         let pid = i32::try_from(child.id()).map(Pid::from_raw).ok();
-        let group = Group::new(Mutex::new(pid));
-        let left = Left::program(shown_path(&self.path).to_string(), Arc::clone(&group));
-        self.left = Some(left);
+        let group = Group(Arc::new(Mutex::new(pid)));
+        self.told = Some(self.surroundings.started(&self.path, &group));
         let stop = Arc::<AtomicBool>::default();
         let waiting = Waiting {
             child,
-            group: Arc::clone(&group),
+            group: group.clone(),
             stop: Arc::clone(&stop),
             cancel: self.cancel.clone(),
             limit: self.limit,
@@ -259,7 +351,7 @@ impl Program {
             drop(holds);
         });
         if let Err(error) = started {
-            left::kill(&group);
+            group.kill();
             return Err(error);
         }
         Ok(Running {
@@ -323,7 +415,7 @@ fn log(out: impl Read + Send + 'static, stream: &'static str) {
                 Ok(0) | Err(_) => return,
                 Ok(_) => {
                     let line = String::from_utf8_lossy(&line);
-                    tracing::info!("--at-freeze, {stream}: {}", shown(line.trim_end()));
+                    tracing::info!("at the freeze, {stream}: {}", shown(line.trim_end()));
                 }
             }
         }
@@ -375,6 +467,20 @@ mod tests {
 
     use super::*;
 
+    /// A process that inherited nothing, and keeps no list.
+    #[derive(Debug)]
+    struct Alone;
+
+    impl Surroundings for Alone {
+        fn before_start(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn started(&self, _: &Path, _: &Group) -> Box<dyn fmt::Debug + Send> {
+            Box::new(())
+        }
+    }
+
     /// A program that runs `does` in phase `frozen`, and then writes the phase to a file.
     fn program(directory: &Path, does: &str, limit: Duration) -> (Program, PathBuf) {
         use std::os::unix::fs::PermissionsExt as _;
@@ -385,25 +491,44 @@ mod tests {
         );
         fs::write(&path, script).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        (Program::new(&path, limit, Cancel::new()).unwrap(), told)
+        (
+            Program::new(&path, limit, Cancel::new(), Box::new(Alone)).unwrap(),
+            told,
+        )
     }
 
     const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn another_process_learns_all_about_the_guest() {
+        let guest = FrozenGuest {
+            domid: DomId(7),
+            name: "web\n1".to_owned(),
+            uuid: "00000000-0000-0000-0000-000000000007".to_owned(),
+            file: OsStr::from_bytes(b"/srv/w\xff\n.save").into(),
+        };
+        let bytes = guest.to_bytes();
+        assert_eq!(FrozenGuest::from_bytes(&bytes).as_ref(), Some(&guest));
+        let uuid_ends = bytes.iter().rposition(|byte| *byte == 0).unwrap();
+        for cut in 0..=uuid_ends {
+            assert_eq!(FrozenGuest::from_bytes(&bytes[..cut]), None, "{cut}");
+        }
+    }
 
     #[test]
     fn a_program_that_still_runs_is_killed_before_it_is_told_of_the_failure() {
         let directory = tempfile::tempdir().unwrap();
         let (mut program, told) = program(directory.path(), "sleep 2", LONG);
         program.begin().unwrap();
-        let group = Arc::clone(&program.running.as_ref().unwrap().group);
-        assert!(group.lock().unwrap().is_some());
+        let group = program.running.as_ref().unwrap().group.clone();
+        assert!(group.0.lock().unwrap().is_some());
         let began = Instant::now();
         program.conclude();
         assert!(began.elapsed() < Duration::from_millis(1500));
-        assert_eq!(*group.lock().unwrap(), None);
+        assert_eq!(*group.0.lock().unwrap(), None);
         thread::sleep(Duration::from_millis(2500));
         assert_eq!(fs::read_to_string(told).unwrap(), "failed\n");
-        assert!(program.left.is_none());
+        assert!(program.told.is_none());
     }
 
     #[test]
