@@ -23,7 +23,12 @@ const ALLOWED: [(&str, &[&str]); 9] = [
     ),
     (
         "xsr-save-helper",
-        &["xsr-format", "xsr-xen-backend", "xsr-save-restore"],
+        &[
+            "xsr-format",
+            "xsr-xen-backend",
+            "xsr-save-restore",
+            "xsr-stdio",
+        ],
     ),
     (
         "xsr-emu-manager",
