@@ -2,17 +2,18 @@
 //! and changes neither the work nor the exit code: the rest is not written.
 //!
 //! No control characters leave this file: text is escaped as it is written (except its line ends),
-//! and JSON has such characters as `\u` sequences, so that it stays complete.
+//! and JSON has such characters as `\u` sequences, so that it stays complete. Where the locale has
+//! no UTF-8, the same holds for all characters beyond ASCII.
 
-use std::io::{self, BufWriter, StdoutLock, Write};
+use std::io::{self, BufWriter, IsTerminal as _, StdoutLock, Write};
 
 use nix::errno::Errno;
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
 
 use crate::exit::{self, Stdout};
-use crate::terminal::Terminal;
-use crate::text::{escaped, is_unfit};
+use crate::terminal::{self, Terminal};
+use crate::text::{ascii_only, escaped, for_locale, is_unfit};
 
 /// A JSON document with the version of its fields (docs/json.md). Every document that a command
 /// writes, on stdout or on the descriptor of `--progress-fd`, is an object that begins with it.
@@ -102,12 +103,12 @@ impl Results {
 
     /// One JSON document, over several lines.
     pub(crate) fn json(&mut self, document: &impl Serialize) -> anyhow::Result<()> {
-        self.document(document, Escaping(PrettyFormatter::new()))
+        self.document(document, Escaping::new(PrettyFormatter::new()))
     }
 
     /// One JSON document on one line.
     pub(crate) fn json_line(&mut self, document: &impl Serialize) -> anyhow::Result<()> {
-        self.document(document, Escaping(CompactFormatter))
+        self.document(document, Escaping::new(CompactFormatter))
     }
 
     /// Written as it is serialised, because a document may be as large as an image allows.
@@ -123,6 +124,15 @@ impl Results {
             .map_err(io::Error::from)?;
         self.out.write_all(b"\n")?;
         Ok(())
+    }
+
+    /// The columns that a line should have at most: those of the terminal, or 80.
+    pub(crate) fn width(&self) -> usize {
+        let out = &self.out.get_ref().out;
+        match terminal::columns(out) {
+            Some(columns) if out.is_terminal() => columns,
+            _ => 80,
+        }
     }
 
     /// Flush everything.
@@ -146,7 +156,7 @@ impl Write for Results {
         }
         let text = String::from_utf8_lossy(bytes);
         let text = escaped(&text, |c| c != '\n' && is_unfit(c));
-        self.out.write_all(text.as_bytes())
+        self.out.write_all(for_locale(&text).as_bytes())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -196,13 +206,26 @@ pub(crate) fn unreported(terminal: &Terminal, done: &str, error: &anyhow::Error)
 }
 
 /// A formatter whose strings have no control characters.
-struct Escaping<F>(F);
+struct Escaping<F> {
+    formatter: F,
+    /// Whether the document has to be ASCII.
+    ascii: bool,
+}
+
+impl<F> Escaping<F> {
+    fn new(formatter: F) -> Self {
+        Self {
+            formatter,
+            ascii: ascii_only(),
+        }
+    }
+}
 
 /// Forwards the methods that the two formatters implement themselves.
 macro_rules! pass_on {
     ($($name:ident($($argument:ident: $kind:ty),*);)*) => {
         $(fn $name<W: ?Sized + Write>(&mut self, out: &mut W $(, $argument: $kind)*) -> io::Result<()> {
-            self.0.$name(out $(, $argument)*)
+            self.formatter.$name(out $(, $argument)*)
         })*
     };
 }
@@ -226,12 +249,14 @@ impl<F: Formatter> Formatter for Escaping<F> {
         out: &mut W,
         fragment: &str,
     ) -> io::Result<()> {
+        let escapes = |c: char| is_unfit(c) || (self.ascii && !c.is_ascii());
         let mut rest = fragment;
-        while let Some((at, c)) = rest.char_indices().find(|(_, c)| is_unfit(*c)) {
+        while let Some((at, c)) = rest.char_indices().find(|(_, c)| escapes(*c)) {
             let (head, tail) = rest.split_at(at);
             out.write_all(head.as_bytes())?;
-            // All of them are below U+FFFF.
-            write!(out, "\\u{:04x}", u32::from(c))?;
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                write!(out, "\\u{unit:04x}")?;
+            }
             rest = &tail[c.len_utf8()..];
         }
         out.write_all(rest.as_bytes())
@@ -244,24 +269,36 @@ mod tests {
 
     #[test]
     fn json_is_complete_and_fit_for_a_terminal() {
-        let name = "a\u{1b}\n\u{7f}\u{9b}\u{202e}é\"\\";
+        let name = "a\u{1b}\n\u{7f}\u{9b}\u{202e}é😀\"\\";
         let document = serde_json::json!({ name: [name, 1, {}], "empty": [] });
-        for pretty in [true, false] {
+        for (pretty, ascii) in [(true, false), (false, false), (true, true), (false, true)] {
             let mut out = Vec::new();
             let written = match pretty {
                 true => document.serialize(&mut Serializer::with_formatter(
                     &mut out,
-                    Escaping(PrettyFormatter::new()),
+                    Escaping {
+                        formatter: PrettyFormatter::new(),
+                        ascii,
+                    },
                 )),
                 false => document.serialize(&mut Serializer::with_formatter(
                     &mut out,
-                    Escaping(CompactFormatter),
+                    Escaping {
+                        formatter: CompactFormatter,
+                        ascii,
+                    },
                 )),
             };
             written.unwrap();
             let text = String::from_utf8(out).unwrap();
             assert!(!text.chars().any(|c| c != '\n' && is_unfit(c)), "{text:?}");
-            assert!(text.contains(r"\u001b\n\u007f\u009b\u202eé"), "{text}");
+            let beyond = match ascii {
+                true => r"\u00e9\ud83d\ude00",
+                false => "é😀",
+            };
+            let escaped = format!(r"\u001b\n\u007f\u009b\u202e{beyond}");
+            assert!(text.contains(&escaped), "{text}");
+            assert!(!ascii || text.is_ascii(), "{text}");
             let plain = match pretty {
                 true => serde_json::to_string_pretty(&document).unwrap(),
                 false => document.to_string(),

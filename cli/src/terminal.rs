@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
@@ -9,7 +10,7 @@ use tracing_subscriber::EnvFilter;
 use xsr_save_restore::progress::{Phase, Progress};
 
 use crate::exit;
-use crate::text::{escaped, is_unfit, shown, size};
+use crate::text::{escaped, for_locale, is_unfit, shown, size};
 
 /// Stderr, and what may be printed on it.
 #[derive(Clone, Debug)]
@@ -179,10 +180,13 @@ impl Bar {
 
 /// Columns of the terminal; 80 if unknown.
 fn width() -> usize {
-    match rustix::termios::tcgetwinsize(io::stderr()) {
-        Ok(size) if size.ws_col > 0 => size.ws_col.into(),
-        _ => 80,
-    }
+    columns(io::stderr()).unwrap_or(80)
+}
+
+/// Columns of the terminal behind a descriptor, if it is one that says so.
+pub(crate) fn columns(descriptor: impl AsFd) -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(descriptor).ok()?;
+    (size.ws_col > 0).then(|| size.ws_col.into())
 }
 
 /// The volume done, the rate, and the time left. The first has `label` before it.
@@ -281,7 +285,8 @@ fn line(text: &str) {
     let (text, cut) = text.split_at(end);
     let mut text = fit(text);
     if !cut.is_empty() {
-        text.push_str(&format!("… ({} more bytes)", cut.len()));
+        let more = format!("… ({} more bytes)", cut.len());
+        text.push_str(&for_locale(&more));
     }
     if let Err(e) = writeln!(io::stderr(), "{text}") {
         tracing::debug!(error = %e, "stderr was closed");
@@ -290,7 +295,8 @@ fn line(text: &str) {
 
 /// Text with its control characters escaped, except line ends.
 fn fit(text: &str) -> String {
-    escaped(text, |c| c != '\n' && is_unfit(c))
+    let text = escaped(text, |c| c != '\n' && is_unfit(c));
+    for_locale(&text).into_owned()
 }
 
 /// A writer of whole log lines.
@@ -301,7 +307,8 @@ impl<W: Write> Write for Escaping<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let text = String::from_utf8_lossy(bytes);
         let text = shown(text.strip_suffix('\n').unwrap_or(&text));
-        self.0.write_all(format!("{text}\n").as_bytes())?;
+        self.0
+            .write_all(format!("{}\n", for_locale(&text)).as_bytes())?;
         Ok(bytes.len())
     }
 

@@ -1,7 +1,10 @@
 //! Wording shared by commands: numbers, sizes, ranges, and escaped text from outside.
 
+mod locale;
+
 use std::fmt;
 
+pub(crate) use self::locale::{ascii_only, for_locale};
 pub(crate) use xsr_save_restore::text::{escaped, is_unfit, shown, shown_path};
 
 /// The longest name of a domain, in characters, that a message shows in full.
@@ -53,6 +56,44 @@ pub(crate) fn size(bytes: u64) -> String {
     Count(bytes, "byte").to_string()
 }
 
+/// `head` and `words` on one line if that has at most `width` columns. Otherwise the words are
+/// wrapped where they have `separator`, which ends in a space: further lines begin after `indent`
+/// columns. There is no line end after the last.
+pub(crate) fn wrapped(
+    head: &str,
+    words: &str,
+    separator: &str,
+    indent: usize,
+    width: usize,
+) -> String {
+    let mut out = head.to_owned();
+    let mut column = head.chars().count();
+    let mut words = words.split(separator).peekable();
+    let mut before = "";
+    while let Some(word) = words.next() {
+        let mut length = before.len() + word.chars().count();
+        // What remains of the separator at the end of a line.
+        if words.peek().is_some() {
+            length += separator.trim_end().len();
+        }
+        if column + length > width && column > indent {
+            out.push_str(before);
+            // No spaces before the end of a line.
+            out.truncate(out.trim_end_matches(' ').len());
+            out.push('\n');
+            out.extend(std::iter::repeat_n(' ', indent));
+            column = indent;
+        } else {
+            out.push_str(before);
+            column += before.len();
+        }
+        out.push_str(word);
+        column += word.chars().count();
+        before = separator;
+    }
+    out
+}
+
 /// The name of a domain, from an image or a peer, for a message: escaped, and truncated if it is
 /// long.
 pub(crate) fn shown_name(name: &str) -> String {
@@ -92,6 +133,26 @@ mod tests {
         assert_eq!(Count(52_usize, "leaf").to_string(), "52 leaves");
         assert_eq!(Count(3, "pass").to_string(), "3 passes");
         assert_eq!(pfn_range(5, 5), "0x5");
+    }
+
+    #[test]
+    fn words_are_wrapped_at_separators_alone() {
+        let pfns = |words, width| wrapped("  pfns    ", words, ", ", 10, width);
+        assert_eq!(pfns("1 a, 2 b", 18), "  pfns    1 a, 2 b");
+        assert_eq!(
+            pfns("1 a, 2 b, 3 c", 18),
+            "  pfns    1 a,\n          2 b, 3 c"
+        );
+        assert_eq!(
+            pfns("1 a, 2 b, 3 c", 19),
+            "  pfns    1 a, 2 b,\n          3 c"
+        );
+        // A long head has all words on further lines, and a long word a line of its own.
+        assert_eq!(
+            wrapped("0x367 libxc  ", "abcdefghijkl m", " ", 4, 14),
+            "0x367 libxc\n    abcdefghijkl\n    m"
+        );
+        assert_eq!(wrapped("head  ", "", " ", 4, 10), "head  ");
     }
 
     #[test]

@@ -68,7 +68,7 @@ pub(crate) fn run(args: &DiffArgs, terminal: &Terminal) -> Result<Code> {
             left_out: &comparison.left_out,
             pages_compared: comparison.pages_compared,
         };
-        print::print(&summary, &mut out)?;
+        print::print(&summary, out.width(), &mut out)?;
     }
     out.finish()?;
     Ok(match differ {

@@ -120,7 +120,7 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     let mut out = Results::new();
     match args.json {
         true => out.json(&report)?,
-        false => print::print(&report, &mut out)?,
+        false => print::print(&report, out.width(), &mut out)?,
     }
     out.finish()?;
     Ok(code)

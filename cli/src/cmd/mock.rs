@@ -24,7 +24,7 @@ use crate::interrupt::Interrupt;
 use crate::left::{self, Left};
 use crate::stdout::{self, Results};
 use crate::terminal::Terminal;
-use crate::text::{hex, size};
+use crate::text::{hex, size, wrapped};
 
 /// Run a command on a mock machine.
 pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
@@ -249,7 +249,7 @@ fn show(args: &MockShowArgs) -> Result<()> {
 fn print(
     report: &DomainReport,
     workload: Option<&WorkloadSpec>,
-    out: &mut dyn Write,
+    out: &mut Results,
 ) -> Result<()> {
     let summary = &report.summary;
     let online = report.vcpus_online.iter().filter(|online| **online).count();
@@ -272,7 +272,8 @@ fn print(
         .iter()
         .map(|(name, pages)| format!("{pages} {name}"))
         .collect();
-    writeln!(out, "  pages    {}", types.join(", "))?;
+    let pages = wrapped("  pages    ", &types.join(", "), ", ", 11, out.width());
+    writeln!(out, "{pages}")?;
     let tsc = report.tsc;
     let (mode, khz, incarnation) = (tsc.mode, tsc.khz, tsc.incarnation);
     writeln!(

@@ -13,6 +13,7 @@ fn help_and_usage() {
     trycmd::TestCases::new()
         .default_bin_path(env!("CARGO_BIN_EXE_xsr"))
         .env("COLUMNS", "100")
+        .env("LC_ALL", "C.UTF-8")
         .case("tests/cmd/*.trycmd");
 }
 

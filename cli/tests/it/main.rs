@@ -31,6 +31,7 @@ mod progress;
 mod remus;
 mod rework;
 mod session;
+mod shown;
 mod signals;
 mod terminal;
 mod through_xl;

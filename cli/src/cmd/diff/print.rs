@@ -5,7 +5,7 @@ use std::io::{self, Write};
 
 use super::difference::{Difference, LeftOut, Section, What};
 use super::expected::without_indices;
-use crate::text::{Count, pfn_range, shown, shown_value};
+use crate::text::{Count, pfn_range, shown, shown_value, wrapped};
 
 /// The most lines of one part.
 const MOST: usize = 24;
@@ -20,18 +20,18 @@ pub(crate) struct Summary<'a> {
     pub(crate) pages_compared: u64,
 }
 
-/// Print the differences.
-pub(crate) fn print(summary: &Summary<'_>, out: &mut dyn Write) -> io::Result<()> {
+/// Print the differences, in lines of at most `width` columns where their values allow that.
+pub(crate) fn print(summary: &Summary<'_>, width: usize, out: &mut dyn Write) -> io::Result<()> {
     let (expected, real): (Vec<_>, Vec<_>) = summary
         .differences
         .iter()
         .partition(|d| d.expected.is_some());
     for group in real.chunk_by(|a, b| a.section == b.section) {
-        print_group(group, summary.left_out, out)?;
+        print_group(group, summary.left_out, width, out)?;
     }
     if !expected.is_empty() {
         writeln!(out, "expected after a restore")?;
-        print_expected(&expected, summary.left_out, out)?;
+        print_expected(&expected, summary.left_out, width, out)?;
     }
     let (a, b) = (shown(summary.a), shown(summary.b));
     let compared = Count(summary.pages_compared, "page");
@@ -51,7 +51,12 @@ pub(crate) fn print(summary: &Summary<'_>, out: &mut dyn Write) -> io::Result<()
     }
 }
 
-fn print_group(group: &[&Difference], left_out: &[LeftOut], out: &mut dyn Write) -> io::Result<()> {
+fn print_group(
+    group: &[&Difference],
+    left_out: &[LeftOut],
+    columns: usize,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     let Some(section) = group.first().map(|d| d.section) else {
         return Ok(());
     };
@@ -67,9 +72,17 @@ fn print_group(group: &[&Difference], left_out: &[LeftOut], out: &mut dyn Write)
         .unwrap_or(0)
         .min(40);
     for difference in group.iter().take(MOST) {
-        let (name, values) = (name(&difference.what), values(&difference.what));
-        let line = format!("  {name:<width$}  {values}");
-        writeln!(out, "{}", line.trim_end())?;
+        let name = name(&difference.what);
+        let Some((a, b)) = values(&difference.what) else {
+            writeln!(out, "  {name}")?;
+            continue;
+        };
+        let line = format!("  {name:<width$}  {a} → {b}");
+        match line.chars().count() > columns {
+            // Each value on its own line, whole: they are compared by eye.
+            true => writeln!(out, "  {name:<width$}  {a}\n  {:<width$}  → {b}", "")?,
+            false => writeln!(out, "{line}")?,
+        }
     }
     let more = group.len().saturating_sub(MOST) as u64 + unlisted;
     match unlisted {
@@ -84,6 +97,7 @@ fn print_group(group: &[&Difference], left_out: &[LeftOut], out: &mut dyn Write)
 fn print_expected(
     expected: &[&Difference],
     left_out: &[LeftOut],
+    width: usize,
     out: &mut dyn Write,
 ) -> io::Result<()> {
     let mut groups: Vec<(Section, &str, Vec<&Difference>)> = Vec::new();
@@ -101,10 +115,13 @@ fn print_expected(
         let (unlisted, unlisted_pages) = unlisted(left_out, section, Some(reason));
         let names = names(&group, unlisted);
         match pages(&group) + unlisted_pages {
-            0 => writeln!(out, "  {} {names}", section.title())?,
+            0 => {
+                let head = format!("  {} ", section.title());
+                writeln!(out, "{}", wrapped(&head, &names, ", ", 4, width))?;
+            }
             pages => {
-                let pages = Count(pages, "page");
-                writeln!(out, "  {} of {pages}: {names}", section.title())?;
+                let head = format!("  {} of {}: ", section.title(), Count(pages, "page"));
+                writeln!(out, "{}", wrapped(&head, &names, ", ", 4, width))?;
             }
         }
         writeln!(out, "    {reason}")?;
@@ -167,21 +184,22 @@ fn name(what: &What) -> String {
     }
 }
 
-fn values(what: &What) -> String {
+/// The two values, unless the contents of pages differ.
+fn values(what: &What) -> Option<(String, String)> {
     match what {
         What::Field { a, b, .. } => {
             let value = |value: &Option<String>| {
                 let shown = value.as_deref().map(shown_value);
                 shown.unwrap_or_else(|| "absent".into())
             };
-            format!("{} → {}", value(a), value(b))
+            Some((value(a), value(b)))
         }
         What::Types { a, b, .. } => {
-            let name = |t: &Option<_>| {
-                t.map_or("not mentioned", |t: xsr_format::frame::PageType| t.name())
+            let name = |t: &Option<xsr_format::frame::PageType>| {
+                t.map_or_else(|| "not mentioned".to_owned(), |t| t.name().to_owned())
             };
-            format!("{} → {}", name(a), name(b))
+            Some((name(a), name(b)))
         }
-        What::Contents { .. } => String::new(),
+        What::Contents { .. } => None,
     }
 }

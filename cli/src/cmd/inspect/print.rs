@@ -6,10 +6,16 @@ use xsr_format::record::RecordKind;
 
 use super::facts::Facts;
 use super::report::{Report, Row};
-use crate::text::{Count, hex, pfn_range, shown, shown_value, size};
+use crate::text::{Count, hex, pfn_range, shown, shown_value, size, wrapped};
 
-/// Print a report.
-pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+/// Columns before the value in the parts without a table, before the type of a record, and before
+/// the value of a field.
+const VALUE: usize = 10;
+const TYPE: usize = 29;
+const FIELD: usize = 37;
+
+/// Print a report. Where a line would have more than `width` columns, it is wrapped.
+pub(crate) fn print(report: &Report, width: usize, out: &mut dyn Write) -> io::Result<()> {
     let what = match (&report.xl, &report.libxl, &report.libxc) {
         (Some(_), _, _) => "xl image",
         (None, Some(_), _) => "libxl stream",
@@ -30,37 +36,36 @@ pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     for warning in &report.warnings {
         writeln!(out, "  warning: {warning}")?;
     }
-    headers(report, out)?;
-    guest(report, out)?;
+    headers(report, width, out)?;
+    guest(report, width, out)?;
     origin(report, out)?;
-    records(&report.records, out)?;
+    records(&report.records, width, out)?;
     if report.records_left_out > 0 {
         let more = Count(report.records_left_out, "more record");
         writeln!(out, "  {more}, left out")?;
     }
     context(report, out)?;
     params(report, out)?;
-    fields(report, out)
+    fields(report, width, out)
 }
 
-fn headers(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+fn headers(report: &Report, width: usize, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "\nHeaders")?;
     for layer in &report.layers {
         writeln!(out, "  around  {layer}")?;
     }
     if let Some(layout) = &report.layout {
-        writeln!(out, "  layout  {layout}")?;
+        writeln!(out, "{}", wrapped("  layout  ", layout, " ", VALUE, width))?;
     }
     for note in &report.notes {
-        writeln!(out, "  note    {note}")?;
+        writeln!(out, "{}", wrapped("  note    ", note, " ", VALUE, width))?;
     }
     for left in &report.left_out {
         let (record, what, at) = (&left.record, left.what, left.offset);
         let bytes = Count(left.bytes, "byte");
-        writeln!(
-            out,
-            "  beside  {record}: {what}, {bytes} at {at:#x}; no image of xl has a place for it"
-        )?;
+        let beside =
+            format!("{record}: {what}, {bytes} at {at:#x}; no image of xl has a place for it");
+        writeln!(out, "{}", wrapped("  beside  ", &beside, " ", VALUE, width))?;
     }
     if let Some(xl) = &report.xl {
         let json = match (xl.config_bytes, xl.mandatory_flags & 1) {
@@ -101,7 +106,7 @@ fn headers(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn guest(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+fn guest(report: &Report, width: usize, out: &mut dyn Write) -> io::Result<()> {
     let guest = &report.guest;
     writeln!(out, "\nGuest")?;
     if let Some(name) = &guest.name {
@@ -130,12 +135,12 @@ fn guest(report: &Report, out: &mut dyn Write) -> io::Result<()> {
         None => writeln!(out)?,
     }
     if let Some(last) = pages.last_pfn {
-        write!(out, "  pfns    {} up to {}:", pages.pfns, hex(last))?;
+        let mut pfns = format!("{} up to {}:", pages.pfns, hex(last));
         for (i, fact) in pages.types.iter().enumerate() {
             let separator = if i == 0 { "" } else { "," };
-            write!(out, "{separator} {} {}", fact.pages, fact.name)?;
+            pfns.push_str(&format!("{separator} {} {}", fact.pages, fact.name));
         }
-        writeln!(out)?;
+        writeln!(out, "{}", wrapped("  pfns    ", &pfns, ", ", VALUE, width))?;
     }
     Ok(())
 }
@@ -163,13 +168,13 @@ fn origin(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn records(rows: &[Row], out: &mut dyn Write) -> io::Result<()> {
+fn records(rows: &[Row], width: usize, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "\nRecords")?;
     let title = ("offset", "stream", "no.", "type", "bytes");
     let (offset, stream, number, kind, bytes) = title;
     writeln!(
         out,
-        "  {offset:>12} {stream} {number:>6}  {kind:<22} {bytes:>12}"
+        "  {offset:>12} {stream} {number:>6} {kind:<22} {bytes:>10}"
     )?;
     for row in rows {
         let (number, kind) = match &row.facts {
@@ -180,14 +185,24 @@ fn records(rows: &[Row], out: &mut dyn Write) -> io::Result<()> {
             _ => (row.index.to_string(), row.kind.clone()),
         };
         let line = format!(
-            "  {:>#12x} {:<6} {number:>6}  {kind:<22} {:>12}  {}",
-            row.offset, row.stream, row.bytes, row.facts
+            "  {:>#12x} {:<6} {number:>6} {kind:<22} {:>10}  ",
+            row.offset, row.stream, row.bytes
         );
+        let facts = row.facts.to_string();
+        // Facts that do not fit stand together below the type, not partly beside it.
+        let line = match line.chars().count() + facts.chars().count() > width {
+            true => {
+                let indent = " ".repeat(TYPE);
+                let facts = wrapped(&indent, &facts, ", ", TYPE, width);
+                format!("{}\n{facts}", line.trim_end())
+            }
+            false => line + &facts,
+        };
         writeln!(out, "{}", line.trim_end())?;
         if let Facts::Pages(pages) = &row.facts {
             for run in pages.runs.iter().flatten() {
                 let range = pfn_range(run.first_pfn, run.last_pfn);
-                writeln!(out, "{:>24} {range:<27} {}", "", run.name)?;
+                writeln!(out, "{:>24} {range:<26} {}", "", run.name)?;
             }
         }
     }
@@ -225,7 +240,7 @@ fn params(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn fields(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+fn fields(report: &Report, width: usize, out: &mut dyn Write) -> io::Result<()> {
     if report.fields.is_empty() {
         return Ok(());
     }
@@ -236,7 +251,13 @@ fn fields(report: &Report, out: &mut dyn Write) -> io::Result<()> {
             None => writeln!(out, "  {}", named.of)?,
         }
         for field in &named.fields {
-            writeln!(out, "    {:<32} {}", field.name, field.value)?;
+            let name = format!("    {:<32} ", field.name);
+            let value = field.value.to_string();
+            let separator = match value.contains(", ") {
+                true => ", ",
+                false => " ",
+            };
+            writeln!(out, "{}", wrapped(&name, &value, separator, FIELD, width))?;
         }
     }
     if let Some(config) = report.xl.as_ref().and_then(|xl| xl.config.as_ref()) {

@@ -24,6 +24,7 @@ pub(crate) fn xsr<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) 
     command
         .env_remove("XSR_BACKEND")
         .env_remove("XSR_LOG")
+        .env("LC_ALL", "C.UTF-8")
         .args(args);
     command
 }
