@@ -246,11 +246,7 @@ fn show(args: &MockShowArgs) -> Result<()> {
     out.finish()
 }
 
-fn print(
-    report: &DomainReport,
-    workload: Option<&WorkloadSpec>,
-    out: &mut Results,
-) -> Result<()> {
+fn print(report: &DomainReport, workload: Option<&WorkloadSpec>, out: &mut Results) -> Result<()> {
     let summary = &report.summary;
     let online = report.vcpus_online.iter().filter(|online| **online).count();
     let bits = u32::from(report.width) * 8;
