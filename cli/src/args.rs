@@ -18,7 +18,8 @@ pub(crate) use self::mock::{
     MockNewHostArgs, MockRenameArgs, MockShowArgs, MockWorkloadArgs, WorkloadArgs,
 };
 pub(crate) use self::remus::{OnLoss, RemusArgs};
-pub(crate) use self::session::{CompressArg, OfferArgs, SessionArgs, TlsArg};
+pub(crate) use self::session::{CompressArg, OfferArgs, PortsArg, SessionArgs, TlsArg};
+pub(crate) use self::tunnel::TunnelArgs;
 
 // Named, because `xtask` includes this file from another place.
 #[path = "args/images.rs"]
@@ -33,6 +34,8 @@ mod mock;
 mod remus;
 #[path = "args/session.rs"]
 mod session;
+#[path = "args/tunnel.rs"]
+mod tunnel;
 
 const LONG_ABOUT: &str = "\
 Save, restore, migrate, inspect, verify and compare Xen domains and their images.
@@ -109,6 +112,7 @@ pub(crate) enum Command {
     Restore(RestoreArgs),
     Migrate(MigrateArgs),
     MigrateReceive(ReceiveArgs),
+    Tunnel(TunnelArgs),
     Remus(RemusArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
@@ -149,7 +153,7 @@ impl Command {
                 | MockCommand::Destroy(args) => args.json,
             },
             Self::Demo(args) => args.json,
-            Self::Cat(_) => false,
+            Self::Cat(_) | Self::Tunnel(_) => false,
         }
     }
 }

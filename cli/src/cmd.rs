@@ -13,6 +13,7 @@ mod mock;
 mod remus;
 mod restore;
 pub(crate) mod save;
+mod tunnel;
 mod verify;
 
 use crate::args::Command;
@@ -33,6 +34,7 @@ pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code>
         Command::Restore(args) => restore::run(&args, terminal),
         Command::Migrate(args) => migrate::run(&args, terminal),
         Command::MigrateReceive(args) => migrate_receive::run(&args, terminal),
+        Command::Tunnel(args) => tunnel::run(&args, terminal),
         Command::Remus(args) => remus::run(&args, terminal),
         Command::Mock(args) => mock::run(&args.command, terminal),
         Command::Demo(args) => demo::run(&args, terminal),

@@ -31,6 +31,8 @@ pub(crate) enum Code {
     Usage,
     /// 130: a signal ended the process at once, without any cleanup.
     EndedAtOnce,
+    /// That of the command that a tunnel runs.
+    OfCommand(u8),
 }
 
 impl Code {
@@ -44,6 +46,7 @@ impl Code {
             Self::Usage => 64,
             // What a shell shows for a process that SIGINT has ended.
             Self::EndedAtOnce => 128 + 2,
+            Self::OfCommand(code) => code,
         }
     }
 }

@@ -5,6 +5,7 @@
 //! C implementation: `create_migration_child`, `migration_child_report` in `tools/xl/xl_migrate.c`.
 
 mod session;
+mod tunnel;
 
 use std::fs::{self, File};
 use std::io::{self, IsTerminal as _};
@@ -32,6 +33,9 @@ use crate::interrupt::Interrupt;
 use crate::terminal::Terminal;
 use crate::xl::child;
 
+pub(crate) use self::session::check_through_ssh;
+pub(crate) use self::tunnel::{Served, Tunnel, quoted};
+
 /// How long to wait for a command to end after hanging up. As in xl.
 const CHILD_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -45,6 +49,18 @@ fn check_listener(peer: &Peer) -> Result<()> {
         ),
         _ => Ok(()),
     }
+}
+
+/// The stdin and stdout of this process, which has others from now on: /dev/null and stderr.
+/// Dropping them closes them.
+pub(crate) fn take_stdio() -> Result<(File, File)> {
+    let (stdin, stdout) = (io::stdin(), io::stdout());
+    let from = stdin.as_fd().try_clone_to_owned().context("stdin")?;
+    let to = stdout.as_fd().try_clone_to_owned().context("stdout")?;
+    nix::unistd::dup2_stdout(io::stderr()).context("stdout")?;
+    let nothing = File::open("/dev/null").context("/dev/null")?;
+    nix::unistd::dup2_stdin(nothing).context("stdin")?;
+    Ok((from.into(), to.into()))
 }
 
 /// A connection to the other end.
@@ -71,7 +87,7 @@ impl Link {
         let (through, host) = (&args.connection, &args.host);
         if let Some(TlsArg::Directory(directory)) = &args.session.tls {
             let endpoint = host.strip_prefix("tls:").unwrap_or(host);
-            let request = session::request(args);
+            let request = session::request_of_migration(args);
             let made = session::connect(&request, endpoint, directory, limit, interrupt);
             let connection = made.with_context(|| host.clone())?;
             return Ok(Self::socket(connection, host.clone()));
@@ -81,9 +97,15 @@ impl Link {
         }
         let options = [options, &[session::OPTION]].concat();
         let link = Self::to_receiver(through, host, &options, interrupt, limit)?;
-        let agreed = session::agree(args, link.connection, limit, terminal, interrupt)?;
+        let wanted = session::Wanted {
+            request: session::request_of_migration(args),
+            session: &args.session,
+            name: "migrate",
+            ssh: &through.ssh,
+        };
+        let agreed = session::agree(&wanted, link.connection, limit, terminal, interrupt)?;
         Ok(Self {
-            connection: agreed.session,
+            connection: Box::new(agreed.session),
             beside: agreed.beside,
             ..link
         })
@@ -188,15 +210,7 @@ impl Link {
                        wait for it on a socket, say --listen unix:PATH or --listen tcp:ADDRESS:PORT";
             return Err(Error::new(BadUsage(why.to_owned())));
         }
-        let from: File = stdin.as_fd().try_clone_to_owned().context("stdin")?.into();
-        let to: File = stdout
-            .as_fd()
-            .try_clone_to_owned()
-            .context("stdout")?
-            .into();
-        nix::unistd::dup2_stdout(io::stderr()).context("stdout")?;
-        let nothing = File::open("/dev/null").context("/dev/null")?;
-        nix::unistd::dup2_stdin(nothing).context("stdin")?;
+        let (from, to) = take_stdio()?;
         file::widen(&from);
         let connection = PipeConnection::new(from.into(), to.into(), "stdin");
         Ok(Self {
@@ -214,9 +228,10 @@ impl Link {
         interrupt: &Interrupt,
     ) -> Result<Self> {
         let stdio = Self::stdio()?;
-        let agreed = session::offered(args, stdio.connection, answer, interrupt)?;
+        let offer = session::Offer::of_receiver(args, answer);
+        let agreed = session::offered(&offer, stdio.connection, answer, interrupt)?;
         Ok(Self {
-            connection: agreed.session,
+            connection: Box::new(agreed.session),
             beside: agreed.beside,
             ..stdio
         })

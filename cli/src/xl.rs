@@ -23,13 +23,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
 use anyhow::{Context as _, Error, Result, anyhow, bail};
-use clap::CommandFactory as _;
+use clap::{CommandFactory as _, Parser as _};
 
 use self::setting::Setting;
 use self::words::Words;
-use crate::args::{Backend, Cli, VARIABLE as BACKEND_VARIABLE};
+use crate::args::{Backend, Cli, Command, VARIABLE as BACKEND_VARIABLE};
 use crate::cmd::save::PAGE_DIGESTS_NEED_MAPPED;
 use crate::exit::{BadUsage, Code};
+use crate::transport::{check_through_ssh, quoted};
 
 /// The commands that xl also has.
 const COMMANDS: [&str; 5] = ["save", "restore", "migrate", "migrate-receive", "remus"];
@@ -62,6 +63,8 @@ struct Call {
     page_digests: bool,
     /// For a command that works on a domain: the positions of the domain and of a save's file.
     words: Option<Words>,
+    /// The options of a session, for the tunnel that xl runs in place of ssh.
+    tunnel: Vec<OsString>,
     /// Additional verbosity on stderr.
     verbose: u8,
     quiet: bool,
@@ -108,6 +111,7 @@ impl Xl {
     ///
     /// xl or the helper is missing, xl lacks an option; a signal ended xl.
     pub(crate) fn run(self) -> Result<Code> {
+        self.0.check_tunnel()?;
         let Call {
             mut arguments,
             settings,
@@ -232,6 +236,7 @@ impl Call {
             live: false,
             page_digests: false,
             words: Words::of(name),
+            tunnel: Vec::new(),
             verbose: 0,
             quiet: false,
         };
@@ -281,6 +286,13 @@ impl Call {
                 "--live" if name == "save" && value.is_none() => call.live = true,
                 "--page-digests" if name == "save" && value.is_none() => call.page_digests = true,
                 "--force" if call.restores => call.force = true,
+                "--connections" | "--compress" | "--tls" | "--reconnect" if name == "migrate" => {
+                    let value = match value {
+                        Some(value) => value.into(),
+                        None => rest.next()?.clone(),
+                    };
+                    call.tunnel.extend([option.into(), value]);
+                }
                 _ if call.message(argument) => {}
                 _ => match Setting::of(own, option) {
                     Some(setting) => call.settings.push(setting(match value {
@@ -300,12 +312,52 @@ impl Call {
         let arguments: Vec<OsString> = (before.into_iter())
             .chain(verbose)
             .chain([name.into()])
+            .chain(call.ssh())
             .collect();
         for position in call.words.iter_mut().flat_map(|words| &mut words.positions) {
             *position += arguments.len();
         }
         call.arguments.splice(..0, arguments);
         Some(call)
+    }
+
+    /// xl's option for the command in place of ssh, if that is the tunnel.
+    fn ssh(&self) -> Vec<OsString> {
+        if self.tunnel.is_empty() {
+            return Vec::new();
+        }
+        // xl gives it to sh.
+        let own = std::env::current_exe().unwrap_or_else(|_| "xsr".into());
+        let words = [own.as_os_str(), "tunnel".as_ref()].into_iter();
+        let words = words.chain(self.tunnel.iter().map(OsString::as_os_str));
+        let words = words.map(|word| quoted(&word.to_string_lossy()));
+        vec!["-s".into(), Vec::from_iter(words).join(" ").into()]
+    }
+
+    /// Refuses options of a session that the tunnel would refuse, once xl has started it.
+    fn check_tunnel(&self) -> Result<()> {
+        if self.tunnel.is_empty() {
+            return Ok(());
+        }
+        let words = ["xsr", "tunnel"].map(OsString::from).into_iter();
+        let words = words.chain(self.tunnel.iter().cloned());
+        let words = words.chain(["HOST", "COMMAND"].map(OsString::from));
+        let parsed = Cli::try_parse_from(words).map_err(|error| {
+            let said = error.to_string();
+            let why = said.lines().next().unwrap_or_default();
+            Error::new(BadUsage(why.trim_start_matches("error: ").to_owned()))
+        })?;
+        if let Command::Tunnel(args) = &parsed.command {
+            check_through_ssh(&args.session)?;
+        }
+        match &self.words {
+            Some(words) if words.names_ssh => Err(Error::new(BadUsage(
+                "-s is taken by `xsr tunnel`, which --connections, --compress, --tls and \
+                 --reconnect need: give `-s 'xsr tunnel -s COMMAND ...'` without them"
+                    .to_owned(),
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Add an argument for xl.

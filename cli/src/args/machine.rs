@@ -160,6 +160,7 @@ impl Cli {
             | Command::Export(_)
             | Command::Edit(_)
             | Command::Cat(_)
+            | Command::Tunnel(_)
             | Command::Demo(_) => Ok(()),
         };
         match settled {

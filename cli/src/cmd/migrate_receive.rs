@@ -19,11 +19,11 @@ use xsr_save_restore::migrate::receive::{Arrived, Arriving, ReceiveRequest};
 use xsr_save_restore::migrate::{BoxError, Cause, Event, Step};
 use xsr_xen_backend::DomId;
 
-use crate::args::ReceiveArgs;
+use crate::args::{Endpoint, ReceiveArgs};
 use crate::backend::Hypervisor;
 use crate::cmd::restore::{About, Image, ImageSource, Made, Named, of_old_sender, superpages};
 use crate::cpu;
-use crate::exit::{self, Code, Migration};
+use crate::exit::{self, BadUsage, Code, Migration};
 use crate::interrupt::Interrupt;
 use crate::left::Left;
 use crate::stdout;
@@ -54,6 +54,11 @@ struct Report<'a> {
 /// that it runs here, or is destroyed and given back.
 pub(crate) fn run(args: &ReceiveArgs, terminal: &Terminal) -> Result<Code> {
     let standing_by = args.remus || args.colo;
+    if standing_by && matches!(args.listen, Some(Endpoint::Tls(_))) {
+        let why = "-r and --colo take no tls: address: after a lost connection the session would \
+                   wait for another one, and the domain would not run on here meanwhile; use ssh";
+        return Err(Error::new(BadUsage(why.to_owned())));
+    }
     // A receiver that the sender has started shares its terminal, and the sender shows progress.
     let shown = match args.listen {
         Some(_) => terminal.clone(),

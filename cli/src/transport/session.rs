@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Error, Result, bail};
 use xsr_save_restore::migrate::connection::{Connection, ConnectionReader, ConnectionWriter, Wait};
 use xsr_save_restore::migrate::session::{
-    Compression, Dial, KeyDirectory, OneTimeKey, Server, ServerTls, SessionListener,
+    Compression, Dial, KeyDirectory, OneTimeKey, Server, ServerTls, Session, SessionListener,
     SessionRequest, TcpDial, Wire,
 };
 use xsr_save_restore::progress::Cancel;
 
-use crate::args::{CompressArg, MigrateArgs, OfferArgs, TlsArg};
+use crate::args::{CompressArg, MigrateArgs, OfferArgs, PortsArg, SessionArgs, TlsArg};
 use crate::exit::BadUsage;
 use crate::interrupt::Interrupt;
 use crate::terminal::Terminal;
@@ -38,14 +38,18 @@ const LINE: usize = 2048;
 pub(crate) const OPTION: &str = "--session";
 
 /// What the command line asks of a session.
-pub(crate) fn request(args: &MigrateArgs) -> SessionRequest {
-    let session = &args.session;
+pub(crate) fn request_of_migration(args: &MigrateArgs) -> SessionRequest {
     let downtime = args.target.max_downtime.unwrap_or(300);
+    let suspended = Duration::from_millis(downtime.into()) + GRACE;
+    request(&args.session).reconnect_suspended(suspended)
+}
+
+/// What the options of a session ask.
+pub(crate) fn request(session: &SessionArgs) -> SessionRequest {
     let seconds = session.reconnect.unwrap_or(RECONNECT);
     SessionRequest::new()
         .links(session.connections.unwrap_or(1))
         .reconnect(Duration::from_secs(seconds.into()))
-        .reconnect_suspended(Duration::from_millis(downtime.into()) + GRACE)
         .compression(match session.compress {
             None | Some(CompressArg::None) => Compression::None,
             Some(CompressArg::Auto) => Compression::Auto,
@@ -54,7 +58,7 @@ pub(crate) fn request(args: &MigrateArgs) -> SessionRequest {
 }
 
 /// What a receiver takes: as long as the sender wants, but no longer than it waits for an answer.
-fn accepted(answer: Duration) -> SessionRequest {
+pub(crate) fn accepted(answer: Duration) -> SessionRequest {
     SessionRequest::new().reconnect(answer)
 }
 
@@ -78,17 +82,22 @@ pub(crate) fn check(args: &MigrateArgs) -> Result<()> {
         _ if by_certificate => Err(usage(
             "tls: needs --tls DIR, a directory with ca.pem, cert.pem and key.pem",
         )),
-        Some(TlsArg::Directory(_)) => Err(usage(
-            "--tls DIR is for tls:ADDRESS:PORT: through ssh the two ends exchange keys by themselves",
+        _ => check_through_ssh(&args.session),
+    }
+}
+
+/// The same for a session that is agreed on through ssh.
+pub(crate) fn check_through_ssh(session: &SessionArgs) -> Result<()> {
+    let own =
+        session.connections.is_some_and(|n| n > 1) || session.reconnect.is_some_and(|s| s > 0);
+    match &session.tls {
+        Some(TlsArg::Off) if own => Err(usage(
+            "--connections and --reconnect need connections of their own: drop --tls off",
         )),
-        Some(TlsArg::Off)
-            if args.session.connections.is_some_and(|n| n > 1)
-                || args.session.reconnect.is_some_and(|s| s > 0) =>
-        {
-            Err(usage(
-                "--connections and --reconnect need connections of their own: drop --tls off",
-            ))
-        }
+        Some(TlsArg::Directory(_)) => Err(usage(
+            "--tls DIR is for `xsr migrate` to tls:ADDRESS:PORT: through ssh the two ends exchange \
+             keys by themselves",
+        )),
         _ => Ok(()),
     }
 }
@@ -191,20 +200,31 @@ impl Dial for Through {
 /// A session that was agreed on through ssh.
 #[derive(Debug)]
 pub(crate) struct Agreed {
-    pub(crate) session: Box<dyn Connection>,
+    pub(crate) session: Session,
     /// The connection through ssh, which stays open beside the session.
     pub(crate) beside: Option<Box<dyn Connection>>,
 }
 
-/// Agrees on a session with a receiver that a command has started.
+/// What an end that has started the other one through a command wants.
+#[derive(Debug)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) request: SessionRequest,
+    pub(crate) session: &'a SessionArgs,
+    /// The command of xsr that wants it.
+    pub(crate) name: &'static str,
+    /// The command that reaches the other host.
+    pub(crate) ssh: &'a str,
+}
+
+/// Agrees on a session with the other end, which a command has started.
 pub(crate) fn agree(
-    args: &MigrateArgs,
+    wanted: &Wanted<'_>,
     pipe: Box<dyn Connection>,
     limit: Duration,
     terminal: &Terminal,
     interrupt: &Interrupt,
 ) -> Result<Agreed> {
-    let request = request(args);
+    let request = wanted.request.clone();
     let cancel = interrupt.cancel();
     let wait = Wait::forever().unless(cancel);
     let key = OneTimeKey::new()?;
@@ -220,7 +240,7 @@ pub(crate) fn agree(
         .split(',')
         .filter_map(|a| a.parse().ok())
         .collect();
-    let direct = match (&args.session.tls, addresses.is_empty()) {
+    let direct = match (&wanted.session.tls, addresses.is_empty()) {
         (Some(TlsArg::Off), _) => Err(None),
         (_, true) => Err(Some("it does not know at which address".to_owned())),
         _ => {
@@ -233,19 +253,20 @@ pub(crate) fn agree(
         Ok(session) => {
             say(&*pipe, "direct", wait.at_most(limit)).context("choosing the session")?;
             return Ok(Agreed {
-                session: Box::new(session),
+                session,
                 beside: Some(pipe),
             });
         }
         Err(why) => why,
     };
     if let Some(why) = why {
-        let through = match args.connection.ssh.as_str() {
+        let through = match wanted.ssh {
             "" => "the command",
             ssh => ssh,
         };
         terminal.say(&format!(
-            "migrate: no direct connection ({why}): everything goes through {through}"
+            "{}: no direct connection ({why}): everything goes through {through}",
+            wanted.name
         ));
     }
     say(&*pipe, "pipe", wait.at_most(limit)).context("choosing the session")?;
@@ -254,7 +275,7 @@ pub(crate) fn agree(
     let dial = Arc::new(Through(Some(pipe).into()));
     let session = request.connect(dial, limit, cancel)?;
     Ok(Agreed {
-        session: Box::new(session),
+        session,
         beside: None,
     })
 }
@@ -265,9 +286,30 @@ fn reached() -> Option<IpAddr> {
     words.split(' ').nth(2)?.parse().ok()
 }
 
-/// Agrees on a session with the sender, as the process that it has started through ssh.
+/// What the end that was started offers.
+#[derive(Debug)]
+pub(crate) struct Offer {
+    /// Its part in the session. The other end's limits are taken, if they are shorter.
+    pub(crate) request: SessionRequest,
+    pub(crate) listen_address: Option<IpAddr>,
+    pub(crate) ports: Option<PortsArg>,
+}
+
+impl Offer {
+    /// A receiver's: a session is kept as long as the sender wants, but no longer than the receiver
+    /// waits for an answer.
+    pub(crate) fn of_receiver(args: &OfferArgs, answer: Duration) -> Self {
+        Self {
+            request: accepted(answer),
+            listen_address: args.listen_address,
+            ports: args.ports.clone(),
+        }
+    }
+}
+
+/// Agrees on a session with the end that has started this process through ssh.
 pub(crate) fn offered(
-    args: &OfferArgs,
+    args: &Offer,
     pipe: Box<dyn Connection>,
     answer: Duration,
     interrupt: &Interrupt,
@@ -278,7 +320,7 @@ pub(crate) fn offered(
     let mut reader = ConnectionReader::new(&*pipe, wait)?.within(answer);
     let theirs = line(&mut reader).context("waiting for the sender's keys")?;
     let Some((theirs, token)) = offer(&theirs) else {
-        bail!("the sender offers no session: start this with `xsr migrate`");
+        bail!("the other end offers no session: start this with `xsr migrate` or `xsr tunnel`");
     };
     let token = unhex(token).and_then(|token| token.try_into().ok());
     let token: [u8; SessionRequest::TOKEN] = token.context("the sender's token is malformed")?;
@@ -294,7 +336,7 @@ pub(crate) fn offered(
         Some(listener) => listener.address()?.to_string(),
         None => "-".to_owned(),
     };
-    let server = Arc::new(Server::new(accepted(answer).token(token)));
+    let server = Arc::new(Server::new(args.request.clone().token(token)));
     let tls = key.server(&theirs)?;
     let coming = listener.map(|listener| {
         let (server, cancel) = (Arc::clone(&server), Cancel::new());
@@ -319,7 +361,7 @@ pub(crate) fn offered(
                 bail!("waiting for the session: a thread has panicked");
             };
             Ok(Agreed {
-                session: Box::new(session.context("the sender has made no session")?),
+                session: session.context("the sender has made no session")?,
                 beside: Some(pipe),
             })
         }
@@ -333,10 +375,10 @@ pub(crate) fn offered(
                 Err(_) => return Err(choice_failed(choice)),
             }
             // A client may have got in that the sender could not use.
-            let server = Server::new(accepted(answer).token(token));
+            let server = Server::new(args.request.clone().token(token));
             let session = server.admit(Wire::plain(pipe), cancel)?;
             Ok(Agreed {
-                session: Box::new(session.context("the sender has made no session")?),
+                session: session.context("the sender has made no session")?,
                 beside: None,
             })
         }

@@ -63,6 +63,14 @@ pub(crate) fn deaf(script: &str, restores: bool) -> Command {
     child
 }
 
+/// A command that runs `sh` with a script, with no signal blocked and none ignored but those that
+/// this process was started with.
+pub(crate) fn plain(script: &str) -> Command {
+    let mut child = Command::new("/proc/self/exe");
+    child.arg0(NAME).args(["sh", "-c", script]);
+    child
+}
+
 /// Become the command in the arguments. Returns only on failure.
 pub(crate) fn become_it() -> Error {
     let mut arguments = std::env::args_os().skip(1);

@@ -184,3 +184,53 @@ fn exit_codes_of_xl() {
     }
     assert_eq!(code(15), None, "a signal");
 }
+
+/// xl runs the tunnel in place of ssh.
+#[test]
+fn the_options_of_a_session_make_xl_run_the_tunnel() {
+    let words = [
+        "-t",
+        "migrate",
+        "--connections",
+        "4",
+        "--live",
+        "--compress=auto",
+        "web",
+        "h",
+    ];
+    let passed = passed(&words);
+    let [t, migrate, s, tunnel, rest @ ..] = &passed[..] else {
+        panic!("{passed:?}")
+    };
+    assert_eq!([t.as_str(), migrate, s], ["-t", "migrate", "-s"]);
+    let options = "'tunnel' '--connections' '4' '--compress' 'auto'";
+    assert!(tunnel.ends_with(options), "{tunnel}");
+    assert_eq!(rest, ["--live", "web", "h"]);
+    let call = call(&words).unwrap();
+    call.check_tunnel().unwrap();
+    let positions = call.words.unwrap().positions;
+    assert_eq!(call.arguments[positions[0]], "web");
+    // Other commands of xl do not get it.
+    let remus = self::call(&["remus", "--compress", "auto", "web", "h"]).unwrap();
+    assert!(remus.tunnel.is_empty());
+}
+
+#[test]
+fn what_the_tunnel_would_refuse_is_refused_before_xl_runs() {
+    for (words, why) in [
+        (["--connections", "17"].as_slice(), "17"),
+        (&["--compress", "lz4"], "zstd"),
+        (&["--tls", "/keys"], "--tls DIR"),
+        (&["--tls", "off", "--connections", "2"], "--tls off"),
+        (&["--reconnect", "3", "-s", "ssh"], "-s is taken"),
+        (&["--reconnect", "3", "-esssh"], "-s is taken"),
+    ] {
+        let words = ["migrate"].iter().chain(words).chain(&["web", "h"]);
+        let call = call(&words.copied().collect::<Vec<_>>()).unwrap();
+        let error = call.check_tunnel().unwrap_err();
+        assert!(error.is::<BadUsage>(), "{error}");
+        assert!(error.to_string().contains(why), "{error}");
+    }
+    let with_ssh = call(&["migrate", "-s", "ssh -v", "web", "h"]).unwrap();
+    with_ssh.check_tunnel().unwrap();
+}

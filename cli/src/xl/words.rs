@@ -24,6 +24,8 @@ pub(super) struct Words {
     pub(super) keeps: bool,
     /// `--force` was given, which xl does not have.
     pub(super) force: bool,
+    /// `-s` was given: the command that xl runs in place of ssh.
+    pub(super) names_ssh: bool,
 }
 
 impl Words {
@@ -42,6 +44,7 @@ impl Words {
             positions: Vec::new(),
             keeps: false,
             force: false,
+            names_ssh: false,
         })
     }
 
@@ -58,6 +61,7 @@ impl Words {
                 }
                 self.keeps |= letters.contains(['c', 'p']);
                 let takes = letters.find(|letter| self.with_value.contains(letter));
+                self.names_ssh |= takes.is_some_and(|at| letters[at..].starts_with('s'));
                 // The rest after the letter, if any, is the value.
                 self.is_value = takes.is_some_and(|at| at + 1 == letters.len());
             }

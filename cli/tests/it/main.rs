@@ -35,4 +35,5 @@ mod shown;
 mod signals;
 mod terminal;
 mod through_xl;
+mod tunnel;
 mod verdict;

@@ -11,7 +11,7 @@ use std::thread;
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
-use crate::common::migration::{Hosts, Running};
+use crate::common::migration::{Hosts, Running, until};
 use crate::common::{backend, run};
 
 /// The whole command that receives at the other host, and offers a session.
@@ -104,6 +104,12 @@ fn options_that_do_not_fit_are_refused_before_anything_happens() {
             .stderr_has(said);
     }
     assert_eq!(hosts.domains()[0], ["web running"]);
+    for option in ["-r", "--colo"] {
+        let listen = ["--listen", "tls:127.0.0.1:0", "--tls", "/x", option];
+        run(["migrate-receive", &backend].into_iter().chain(listen))
+            .code(64)
+            .stderr_has("-r and --colo take no tls: address");
+    }
     // A receiver that would listen without the keys that it was given.
     for endpoint in ["tcp:127.0.0.1:0", "unix:/x"] {
         run([
@@ -185,8 +191,8 @@ fn a_domain_moves_by_certificate_to_a_receiver_that_allows_it() {
 }
 
 /// A relay to a port, which cuts all of its connections.
-struct Relay {
-    port: u16,
+pub(crate) struct Relay {
+    pub(crate) port: u16,
     /// Bytes that it still carries before the next cut.
     left: AtomicU64,
     /// How many cuts come after that, each after so many bytes.
@@ -195,11 +201,41 @@ struct Relay {
     connections: Mutex<Vec<TcpStream>>,
     /// It takes no more connections once it has cut for the last time.
     ends: bool,
-    over: AtomicBool,
+    pub(crate) over: AtomicBool,
+    /// Whether it cuts before it carries something back to the client.
+    holds: Option<Box<dyn Fn() -> bool + Send + Sync>>,
+}
+
+impl std::fmt::Debug for Relay {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Relay").finish_non_exhaustive()
+    }
 }
 
 impl Relay {
     fn start(to: u16, after: u64, cuts: u64, ends: bool) -> Arc<Self> {
+        Self::made(move || to, after, cuts, ends, None)
+    }
+
+    /// A relay that cuts as soon as `holds` is true when something goes back to the client.
+    fn start_with(
+        to: u16,
+        after: u64,
+        cuts: u64,
+        ends: bool,
+        holds: impl Fn() -> bool + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Self::made(move || to, after, cuts, ends, Some(Box::new(holds)))
+    }
+
+    /// A relay to a port that is known once there is a connection.
+    pub(crate) fn made(
+        to: impl Fn() -> u16 + Send + 'static,
+        after: u64,
+        cuts: u64,
+        ends: bool,
+        holds: Option<Box<dyn Fn() -> bool + Send + Sync>>,
+    ) -> Arc<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let relay = Arc::new(Self {
             port: listener.local_addr().unwrap().port(),
@@ -209,6 +245,7 @@ impl Relay {
             connections: Mutex::default(),
             ends,
             over: false.into(),
+            holds,
         });
         let run = Arc::clone(&relay);
         thread::spawn(move || {
@@ -218,18 +255,18 @@ impl Relay {
                     continue;
                 }
                 // The receiver may have stopped listening.
-                let Ok(there) = TcpStream::connect(("127.0.0.1", to)) else {
+                let Ok(there) = TcpStream::connect(("127.0.0.1", to())) else {
                     continue;
                 };
                 let mut all = run.connections.lock().unwrap();
                 all.push(here.try_clone().unwrap());
                 all.push(there.try_clone().unwrap());
-                for (from, to) in [
-                    (here.try_clone().unwrap(), there.try_clone().unwrap()),
-                    (there, here),
+                for (from, to, back) in [
+                    (here.try_clone().unwrap(), there.try_clone().unwrap(), false),
+                    (there, here, true),
                 ] {
                     let run = Arc::clone(&run);
-                    thread::spawn(move || run.carry(from, to));
+                    thread::spawn(move || run.carry(from, to, back));
                 }
             }
         });
@@ -237,9 +274,13 @@ impl Relay {
     }
 
     /// Carries bytes in one direction.
-    fn carry(&self, mut from: TcpStream, mut to: TcpStream) {
+    fn carry(&self, mut from: TcpStream, mut to: TcpStream, back: bool) {
         let mut room = [0; 16 << 10];
         while let Ok(n @ 1..) = from.read(&mut room) {
+            if back && self.holds.as_ref().is_some_and(|holds| holds()) {
+                self.cut();
+                break;
+            }
             let less = |left: u64| Some(left.saturating_sub(n as u64));
             let (set, get) = (Ordering::Relaxed, Ordering::Relaxed);
             let left = self.left.fetch_update(set, get, less).unwrap();
@@ -256,7 +297,7 @@ impl Relay {
         let _closed = to.shutdown(Shutdown::Write);
     }
 
-    fn cut(&self) {
+    pub(crate) fn cut(&self) {
         let mut all = self.connections.lock().unwrap();
         let again = self.again.load(Ordering::Relaxed);
         self.again.store(again.saturating_sub(1), Ordering::Relaxed);
@@ -281,6 +322,34 @@ fn a_migration_whose_links_are_cut_again_and_again_completes() {
         there.end().code(0);
         assert_eq!(hosts.domains(), ARRIVED, "{links} links");
         assert!(relay.over.load(Ordering::Relaxed), "it was cut");
+    }
+}
+
+/// The relay holds the report back and cuts, once the domain runs at the other end.
+#[test]
+fn a_link_that_is_lost_between_go_and_the_report_is_exit_code_3() {
+    for reconnect in ["0", "10"] {
+        let hosts = Arc::new(Hosts::with("pvh", &[]));
+        let (there, port) = listening(&hosts);
+        let both = Arc::clone(&hosts);
+        let relay = Relay::start_with(port, u64::MAX, 1, true, move || {
+            let let_go = both.domains()[0] == ["web--migratedaway suspended"];
+            if let_go {
+                until("the domain runs there", || {
+                    both.domains()[1] == ["web running"]
+                });
+            }
+            let_go
+        });
+        let options = ["--no-live", "--reconnect", reconnect];
+        sender(&hosts, relay.port, &options)
+            .end()
+            .code(3)
+            .stderr_has("It must never run at both ends");
+        // It had handed the report to its kernel.
+        there.end();
+        let here = ["web--migratedaway suspended"];
+        assert_eq!(hosts.domains(), [&here[..], &["web running"]]);
     }
 }
 

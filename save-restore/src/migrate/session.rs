@@ -40,20 +40,18 @@ use super::connection::{
 };
 use crate::descriptor::Limit;
 use crate::pace::Pace;
+use crate::progress::Cancel;
 pub use compress::Compression;
 use compress::Policy;
 pub use directory::KeyDirectory;
 pub use make::{Dial, Server, SessionError, SessionRequest};
-use state::{Over, State};
+use state::{LINGER, Over, State};
 pub use tcp::{SessionListener, TcpDial};
 pub use tls::{ClientTls, KeyError, OneTimeKey, ServerTls};
 pub use wire::Wire;
 
 /// How long a call waits before it looks at its limits again.
 const LOOK: Duration = Duration::from_millis(20);
-
-/// How long a session that is dropped waits while the peer acknowledges nothing.
-const LINGER: Duration = Duration::from_secs(2);
 
 /// What all threads of a session share.
 #[derive(Debug)]
@@ -65,6 +63,8 @@ struct Shared {
     links: Condvar,
     /// The session is dropped, and its threads end.
     dropped: AtomicBool,
+    /// No more links are taken: an attempt to make one ends.
+    closed: Cancel,
     made: Instant,
     policy: Policy,
     carried: Carried,
@@ -108,7 +108,7 @@ impl Shared {
 /// One end of a session.
 ///
 /// Dropping it closes it in order, as long as the peer takes what was written; it waits 2 s for a
-/// sign of that, and 30 s after "go". A session of which something was not read is aborted once what
+/// sign of that, and 30 s after "go", but 32 s at most in all. A session of which something was not read is aborted once what
 /// was written has arrived.
 #[derive(Debug)]
 pub struct Session {
@@ -286,14 +286,20 @@ impl Connection for Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Session {
+    /// Closes it in order, as dropping it does, for a session that several threads share. Their
+    /// calls fail from then on.
+    pub fn close(&self) {
         self.leave();
         self.shared.dropped.store(true, Ordering::Relaxed);
         self.shared.lock().close();
         self.shared.wake();
     }
-}
 
-impl Session {
     /// Says that this end leaves, and waits until the peer knows.
     fn leave(&self) {
         let mut state = self.shared.lock();
@@ -303,10 +309,11 @@ impl Session {
         }
         self.shared.links.notify_all();
         // What was written arrives, such as the reason why this end leaves.
-        let mut since = Instant::now();
+        let begun = Instant::now();
+        let mut since = begun;
         let mut before = state.out.unarrived();
         while before > 0 && state.over().is_none() && !state.peer_left() {
-            if since.elapsed() >= state.linger(LINGER) {
+            if state.gives_up(since.elapsed(), begun.elapsed()) {
                 state.abandon();
                 break;
             }

@@ -31,7 +31,8 @@ impl KeyDirectory {
     ///
     /// # Errors
     ///
-    /// A file cannot be read, or is not what its name says; other users can read the key.
+    /// A file cannot be read, or is not what its name says; other users can read the key
+    /// or own it.
     pub fn open(path: &Path) -> Result<Self, KeyError> {
         let mut authority = RootCertStore::empty();
         for certificate in certificates(&path.join("ca.pem"))? {
@@ -135,17 +136,29 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, KeyError> {
     }
 }
 
-/// Refuses a key that other users can read.
+/// Refuses a key that other users can read, or that belongs to one of them.
 fn private(path: &Path) -> Result<(), KeyError> {
     let metadata = fs::metadata(path).map_err(|cause| KeyError::File {
         path: path.to_owned(),
         cause,
     })?;
     let mode = metadata.mode() & 0o7777;
-    match mode & 0o077 {
-        0 => Ok(()),
-        _ => Err(KeyError::Readable(path.to_owned(), mode)),
+    if mode & 0o077 != 0 {
+        return Err(KeyError::Readable(path.to_owned(), mode));
     }
+    match metadata.uid() {
+        0 => Ok(()),
+        own if own == nix::unistd::geteuid().as_raw() => Ok(()),
+        other => Err(KeyError::Owner(path.to_owned(), other)),
+    }
+}
+
+/// Whether a certificate has a name such as `*.example.org`, which stands for many hosts. `allow`
+/// names single ones.
+fn is_wildcard(certificate: &CertificateDer<'_>) -> Result<bool, rustls::Error> {
+    let parsed = webpki::EndEntityCert::try_from(certificate);
+    let parsed = parsed.map_err(|_| CertificateError::BadEncoding)?;
+    Ok(parsed.valid_dns_names().any(|name| name.starts_with('*')))
 }
 
 /// Takes a client whose certificate the CA has signed and has one of the names.
@@ -169,6 +182,9 @@ impl ClientCertVerifier for Allowed {
         let verified = self
             .certified
             .verify_client_cert(certificate, intermediates, now)?;
+        if is_wildcard(certificate)? {
+            return Err(CertificateError::NotValidForName.into());
+        }
         let parsed = ParsedCertificate::try_from(certificate)?;
         let mut names = self.names.iter();
         match names.any(|name| verify_server_name(&parsed, name).is_ok()) {

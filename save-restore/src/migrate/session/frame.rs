@@ -62,6 +62,8 @@ pub(super) enum Malformed {
     AfterEnd(u64),
     #[error("an acknowledgement names chunk {0}, which was not sent")]
     NotSent(u64),
+    #[error("the other end has left without the end of what it sends")]
+    ByeWithoutEnd,
 }
 
 /// The token of a session.

@@ -81,7 +81,7 @@ impl Incoming {
 
     /// The end counts as read once all chunks before it are.
     fn skip_end(&mut self) {
-        if self.ready.is_empty() && self.end.is_some_and(|end| self.expected > end) {
+        if self.is_over() {
             self.read = self.expected;
         }
     }
@@ -121,7 +121,12 @@ impl Incoming {
 
     /// Whether the process has read all, up to the end.
     pub(super) fn is_over(&self) -> bool {
-        self.ready.is_empty() && self.end.is_some_and(|end| self.expected > end)
+        self.ready.is_empty() && self.has_end()
+    }
+
+    /// Whether everything up to the end has arrived.
+    pub(super) fn has_end(&self) -> bool {
+        self.end.is_some_and(|end| self.expected > end)
     }
 
     /// Whether bytes are here that the process has not read.

@@ -72,7 +72,8 @@ pub trait Dial: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// The server cannot be reached within the limit, is not the right one, or the token was set.
+    /// The server cannot be reached and authenticated within the limit, is not the right one, or the
+    /// token was set.
     fn dial(&self, limit: Duration, cancel: &Cancel) -> io::Result<Wire>;
 }
 
@@ -84,6 +85,7 @@ pub struct SessionRequest {
     suspended: Duration,
     token: Option<Token>,
     compression: Compression,
+    most: u64,
 }
 
 impl Default for SessionRequest {
@@ -107,6 +109,7 @@ impl SessionRequest {
             suspended: Duration::from_secs(2),
             token: None,
             compression: Compression::None,
+            most: WINDOW,
         }
     }
 
@@ -114,6 +117,14 @@ impl SessionRequest {
     #[must_use]
     pub const fn compression(mut self, how: Compression) -> Self {
         self.compression = how;
+        self
+    }
+
+    /// Has at most so many bytes in transit that the peer's process has not read: at least 128 KiB,
+    /// at most 16 MiB.
+    #[must_use]
+    pub const fn in_transit(mut self, bytes: u64) -> Self {
+        self.most = bytes;
         self
     }
 
@@ -173,7 +184,7 @@ impl SessionRequest {
     ///
     /// # Errors
     ///
-    /// A [`SessionError`]; the limit is for the first connection, without its handshake.
+    /// A [`SessionError`]; the limit is for the first connection and its authentication.
     pub fn connect(
         &self,
         dial: Arc<dyn Dial>,
@@ -193,7 +204,7 @@ impl SessionRequest {
             dial,
         };
         let peer = wire.peer();
-        client.add(wire, Purpose::New, 0, cancel)?;
+        client.add(wire, Purpose::New, 0, HANDSHAKE, cancel)?;
         watch(&shared);
         if self.links > 1 || !self.reconnect.is_zero() {
             spawn("session-dial", move || client.keep_links());
@@ -205,12 +216,13 @@ impl SessionRequest {
 impl Shared {
     fn new(request: &SessionRequest) -> Arc<Self> {
         Arc::new(Self {
-            state: Mutex::new(State::new(request.limits(), Instant::now())),
+            state: Mutex::new(State::new(request.limits(), request.most, Instant::now())),
             policy: Policy::new(request.compression),
             carried: Carried::default(),
             process: Condvar::new(),
             links: Condvar::new(),
             dropped: false.into(),
+            closed: Cancel::new(),
             made: Instant::now(),
         })
     }
@@ -228,12 +240,18 @@ fn watch(shared: &Arc<Shared>) {
     let shared = Arc::clone(shared);
     spawn("session-watch", move || {
         while !shared.is_dropped() {
-            let changed = shared.lock().tick(Instant::now());
+            let mut state = shared.lock();
+            let changed = state.tick(Instant::now());
+            if !state.is_open() {
+                shared.closed.cancel();
+            }
+            drop(state);
             if changed {
                 shared.wake();
             }
             thread::park_timeout(TICK);
         }
+        shared.closed.cancel();
     });
 }
 
@@ -253,6 +271,7 @@ impl Client {
         wire: Wire,
         purpose: Purpose,
         slot: u8,
+        limit: Duration,
         cancel: &Cancel,
     ) -> Result<(), SessionError> {
         let (received, _) = self.shared.lock().incoming.acknowledgement();
@@ -264,7 +283,7 @@ impl Client {
             received,
             window: WINDOW,
         };
-        let wait = Wait::forever().at_most(HANDSHAKE).unless(cancel);
+        let wait = Wait::forever().at_most(limit).unless(cancel);
         wire.write(&hello.bytes(), &wait)?;
         let mut inbox = Inbox::new();
         wire.read_whole(&mut inbox, Welcome::LENGTH, &wait)?;
@@ -318,12 +337,17 @@ impl Client {
             if !self.sleep(pause.max(least)) {
                 return;
             }
-            let cancel = Cancel::new();
+            let limit = self.shared.lock().attempt(Instant::now(), HANDSHAKE);
+            let begun = Instant::now();
+            let cancel = &self.shared.closed;
             let made = self
                 .dial
-                .dial(HANDSHAKE, &cancel)
+                .dial(limit, cancel)
                 .map_err(SessionError::Connecting)
-                .and_then(|wire| self.add(wire, Purpose::Join, slot, &cancel));
+                .and_then(|wire| {
+                    let left = limit.saturating_sub(begun.elapsed());
+                    self.add(wire, Purpose::Join, slot, left, cancel)
+                });
             pause = match made {
                 Ok(()) => {
                     tracing::debug!(slot, "a link of the session was made");

@@ -57,6 +57,8 @@ pub(super) struct Outgoing {
     waiting: BTreeSet<u64>,
     /// Bytes in `filling` and `chunks`.
     held: u64,
+    /// The most that this end has in transit, in bytes.
+    most: u64,
     /// The peer's window in bytes.
     window: u64,
     /// How much of it is used.
@@ -66,7 +68,9 @@ pub(super) struct Outgoing {
 }
 
 impl Outgoing {
-    pub(super) fn new() -> Self {
+    /// At most so many bytes are in transit, whatever window the peer has.
+    pub(super) fn new(most: u64) -> Self {
+        let most = most.clamp(CHUNK as u64, WINDOW);
         Self {
             filling: Vec::new(),
             chunks: VecDeque::new(),
@@ -74,8 +78,9 @@ impl Outgoing {
             received: 0,
             waiting: BTreeSet::new(),
             held: 0,
-            window: AT_FIRST,
-            used: AT_FIRST,
+            most,
+            window: AT_FIRST.min(most),
+            used: AT_FIRST.min(most),
             ended: false,
             discarded: false,
         }
@@ -83,7 +88,7 @@ impl Outgoing {
 
     /// The peer's window: at least a chunk, and no more than this end uses.
     pub(super) fn set_window(&mut self, window: u64) {
-        self.window = window.clamp(CHUNK as u64, WINDOW);
+        self.window = window.clamp(CHUNK as u64, self.most);
         self.used = self.used.min(self.window);
     }
 

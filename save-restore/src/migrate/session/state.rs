@@ -22,6 +22,19 @@ pub(super) const ACKNOWLEDGE: Duration = Duration::from_millis(1);
 /// So many chunks are acknowledged at once.
 const ACKNOWLEDGE_CHUNKS: u64 = 2;
 
+/// So many attempts to make a link fit into the time that a session without a link has left.
+const ATTEMPTS: u32 = 3;
+
+/// The shortest time for an attempt to make a link.
+const SHORTEST: Duration = Duration::from_millis(500);
+
+/// How long a session that is dropped waits while the peer acknowledges nothing.
+pub(super) const LINGER: Duration = Duration::from_secs(2);
+
+/// How long it waits in all while the peer acknowledges something now and then: twice as long as a
+/// window takes at 1 MiB/s.
+const LINGER_IN_ALL: Duration = Duration::from_secs(32);
+
 /// How long a session waits.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
@@ -92,6 +105,8 @@ pub(super) struct State {
     why: String,
     /// When the domain was suspended.
     suspended: Option<Instant>,
+    /// For how long there was no link since then, until the newest link was made.
+    spent: Duration,
     /// No link is taken up and no chunk is sent again.
     sealed: bool,
     /// The only link on which chunks are sent, once sealed.
@@ -106,9 +121,9 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(limits: Limits, now: Instant) -> Self {
+    pub(super) fn new(limits: Limits, most: u64, now: Instant) -> Self {
         Self {
-            out: Outgoing::new(),
+            out: Outgoing::new(most),
             incoming: Incoming::default(),
             links: BTreeMap::new(),
             next_id: 0,
@@ -116,6 +131,7 @@ impl State {
             without: Some(now),
             why: "no link was made".to_owned(),
             suspended: None,
+            spent: Duration::ZERO,
             sealed: false,
             only: None,
             over: None,
@@ -130,12 +146,14 @@ impl State {
         self.over.as_ref()
     }
 
-    /// How long the session may go on while the peer acknowledges nothing, once this end is dropped.
-    pub(super) fn linger(&self, usual: Duration) -> Duration {
-        match self.sealed {
-            true => usual.max(self.limits.silence),
-            false => usual,
-        }
+    /// Whether an end that is dropped gives up what has not arrived: the peer has acknowledged
+    /// nothing for `idle`, and this end has waited for `waited` in all.
+    pub(super) fn gives_up(&self, idle: Duration, waited: Duration) -> bool {
+        let linger = match self.sealed {
+            true => LINGER.max(self.limits.silence),
+            false => LINGER,
+        };
+        idle >= linger || waited >= LINGER_IN_ALL
     }
 
     /// Whether the peer has closed its end, and reads no more.
@@ -201,7 +219,11 @@ impl State {
             told: false,
         };
         self.links.insert(slot, link);
-        self.without = None;
+        let without = self.without.take().zip(self.suspended);
+        if let Some((without, suspended)) = without {
+            // Links that return and are lost again do not keep the domain suspended for ever.
+            self.spent += now.saturating_duration_since(without.max(suspended));
+        }
         Ok((id, cancel))
     }
 
@@ -269,6 +291,10 @@ impl State {
         }
         match aborts {
             true => self.end(Over::Aborted),
+            // An end that leaves first does not wait for the end of what the other one writes.
+            false if self.leaving.is_none() && !self.incoming.has_end() => {
+                self.end(Over::Malformed(Malformed::ByeWithoutEnd));
+            }
             false => self.bye = true,
         }
     }
@@ -319,7 +345,10 @@ impl State {
     pub(super) fn set_suspended(&mut self, suspended: bool, now: Instant) {
         match suspended {
             true => _ = self.suspended.get_or_insert(now),
-            false => self.suspended = None,
+            false => {
+                self.suspended = None;
+                self.spent = Duration::ZERO;
+            }
         }
     }
 
@@ -385,6 +414,15 @@ impl State {
         !lost.is_empty()
     }
 
+    /// How long an attempt to make a link may last: where the session has no link, the time that it
+    /// still waits has room for several.
+    pub(super) fn attempt(&self, now: Instant, usual: Duration) -> Duration {
+        let left = self
+            .deadline()
+            .map(|end| end.saturating_duration_since(now));
+        left.map_or(usual, |left| (left / ATTEMPTS).clamp(SHORTEST, usual))
+    }
+
     /// When a session without a link ends.
     fn deadline(&self) -> Option<Instant> {
         let without = self.without?;
@@ -392,7 +430,8 @@ impl State {
         let Some(suspended) = self.suspended else {
             return end;
         };
-        let sooner = without.max(suspended).checked_add(self.limits.suspended);
+        let left = self.limits.suspended.saturating_sub(self.spent);
+        let sooner = without.max(suspended).checked_add(left);
         match (end, sooner) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),

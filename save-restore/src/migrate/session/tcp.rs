@@ -72,8 +72,10 @@ impl TcpDial {
 
 impl Dial for TcpDial {
     fn dial(&self, limit: Duration, cancel: &Cancel) -> io::Result<Wire> {
+        let begun = Instant::now();
         let stream = self.connect(limit, cancel)?;
-        let secured = self.tls.secure(connection(stream)?, HANDSHAKE, cancel);
+        let left = limit.saturating_sub(begun.elapsed()).min(HANDSHAKE);
+        let secured = self.tls.secure(connection(stream)?, left, cancel);
         Ok(secured?)
     }
 }

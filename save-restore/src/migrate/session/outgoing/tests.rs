@@ -12,7 +12,7 @@ fn numbers(out: &mut Outgoing, link: LinkId) -> Vec<u64> {
 
 #[test]
 fn no_more_is_taken_than_the_peer_has_room_for() {
-    let mut out = Outgoing::new();
+    let mut out = Outgoing::new(WINDOW);
     let much = vec![1; 32 << 20];
     assert_eq!(out.write(&much) as u64, AT_FIRST);
     assert_eq!(out.write(&much), 0);
@@ -30,7 +30,7 @@ fn no_more_is_taken_than_the_peer_has_room_for() {
 
 #[test]
 fn the_window_grows_only_while_the_network_holds_the_process_up() {
-    let mut out = Outgoing::new();
+    let mut out = Outgoing::new(WINDOW);
     let much = vec![1; 32 << 20];
     out.set_window(u64::MAX);
     out.write(&much);
@@ -50,7 +50,7 @@ fn the_window_grows_only_while_the_network_holds_the_process_up() {
     }
     assert_eq!(out.held, WINDOW);
     // All of it has arrived: the process of the peer holds it up.
-    let mut out = Outgoing::new();
+    let mut out = Outgoing::new(WINDOW);
     out.write(&much);
     let sent = numbers(&mut out, LINK).len() as u64;
     assert_eq!(out.acknowledged(sent, 0), Ok(true));
@@ -60,7 +60,7 @@ fn the_window_grows_only_while_the_network_holds_the_process_up() {
 
 #[test]
 fn an_acknowledgement_of_what_was_not_sent_is_refused() {
-    let mut out = Outgoing::new();
+    let mut out = Outgoing::new(WINDOW);
     out.write(b"one");
     assert_eq!(out.acknowledged(1, 0), Err(Malformed::NotSent(1)));
     assert_eq!(numbers(&mut out, LINK), [0]);
@@ -72,7 +72,7 @@ fn an_acknowledgement_of_what_was_not_sent_is_refused() {
 #[test]
 fn what_a_lost_link_had_waits_for_another_one_unless_nothing_is_sent_again() {
     for again in [true, false] {
-        let mut out = Outgoing::new();
+        let mut out = Outgoing::new(WINDOW);
         out.write(&vec![1; 4 * CHUNK]);
         for link in [1, 2, 1, 2] {
             assert!(out.take(link).is_some());
@@ -87,7 +87,7 @@ fn what_a_lost_link_had_waits_for_another_one_unless_nothing_is_sent_again() {
 
 #[test]
 fn what_was_discarded_is_never_sent() {
-    let mut out = Outgoing::new();
+    let mut out = Outgoing::new(WINDOW);
     out.write(&vec![1; 2 * CHUNK + 1]);
     assert!(out.take(1).is_some());
     out.discard();
@@ -102,7 +102,7 @@ fn what_was_discarded_is_never_sent() {
 
 #[test]
 fn the_end_is_the_last_chunk_and_comes_once() {
-    let mut out = Outgoing::new();
+    let mut out = Outgoing::new(WINDOW);
     out.write(b"last");
     out.end();
     out.end();
@@ -117,11 +117,27 @@ fn the_end_is_the_last_chunk_and_comes_once() {
 /// A process that writes a byte at a time.
 #[test]
 fn the_number_of_chunks_is_bounded() {
-    let mut out = Outgoing::new();
+    let mut out = Outgoing::new(WINDOW);
     for _ in 0..2 * CHUNKS {
         out.write(b"x");
         out.take(LINK);
     }
     out.end();
     assert!(out.next() < CHUNKS);
+}
+
+#[test]
+fn an_end_has_no_more_in_transit_than_it_wants() {
+    let most = CHUNK as u64 + 10;
+    let mut out = Outgoing::new(most);
+    out.set_window(WINDOW);
+    assert_eq!(out.write(&vec![1; 1 << 20]) as u64, most);
+    while out.take(1).is_some() {}
+    out.grow();
+    assert_eq!(out.room(), 0);
+    // What the peer's process has read makes room, and what has only arrived does not.
+    out.acknowledged(1, 0).unwrap();
+    assert_eq!(out.room(), 0);
+    out.acknowledged(1, 1).unwrap();
+    assert_eq!(out.room(), CHUNK);
 }

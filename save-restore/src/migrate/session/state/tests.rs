@@ -17,7 +17,7 @@ fn limits(reconnect: u32) -> Limits {
 
 fn state(reconnect: u32, links: u8) -> (State, Vec<LinkId>, Instant) {
     let now = Instant::now();
-    let mut state = State::new(limits(reconnect), now);
+    let mut state = State::new(limits(reconnect), WINDOW, now);
     let attach = |slot| state.attach(slot, 0, WINDOW, now).unwrap().0;
     let ids = (0..links).map(attach).collect();
     (state, ids, now)
@@ -45,9 +45,22 @@ fn a_sealed_session_survives_a_silence_of_less_than_half_a_minute() {
     state.seal();
     state.tick(now + SECOND * 29);
     assert_eq!(state.over(), None);
-    assert_eq!(state.linger(SECOND), SILENCE_FOR_GOOD);
+    assert!(!state.gives_up(SECOND * 29, SECOND * 29));
+    assert!(state.gives_up(SILENCE_FOR_GOOD, SILENCE_FOR_GOOD));
     state.tick(now + SECOND * 30);
     assert!(lost(&state));
+}
+
+/// A peer that acknowledges one chunk now and then does not hold up an end that leaves for ever.
+#[test]
+fn an_end_that_leaves_waits_for_a_limited_time_in_all() {
+    let (mut state, _, _) = state(10, 1);
+    assert!(!state.gives_up(SECOND, SECOND * 31));
+    assert!(state.gives_up(SECOND * 2, SECOND * 2));
+    assert!(state.gives_up(SECOND, SECOND * 32));
+    state.seal();
+    assert!(!state.gives_up(SECOND * 2, SECOND * 31));
+    assert!(state.gives_up(SECOND, SECOND * 32));
 }
 
 /// Nothing is sent again once the session is sealed.
@@ -96,6 +109,89 @@ fn a_suspended_domain_shortens_the_limit_from_its_suspension_on() {
     state.set_suspended(true, now + SECOND * 7);
     state.tick(now + SECOND * 8);
     assert!(lost(&state));
+}
+
+/// Links that return and are lost at once share the limit of a suspended domain.
+#[test]
+fn links_that_return_do_not_renew_the_limit_of_a_suspended_domain() {
+    let (mut state, links, now) = state(10, 1);
+    let tenth = SECOND / 10;
+    state.set_suspended(true, now);
+    state.lose(links[0], "", now);
+    let mut at = now;
+    for _ in 0..9 {
+        at += tenth;
+        assert!(!state.tick(at), "{:?}", state.over());
+        let (id, _) = state.attach(0, 0, WINDOW, at).unwrap();
+        state.lose(id, "", at);
+    }
+    assert_eq!(state.attempt(at, SECOND * 5), SHORTEST);
+    state.tick(at + tenth);
+    assert!(lost(&state));
+    // A domain that runs again has the whole limit when it is suspended once more.
+    let (mut state, links, now) = self::state(10, 1);
+    state.set_suspended(true, now);
+    state.lose(links[0], "", now);
+    let (id, _) = state.attach(0, 0, WINDOW, now + tenth * 9).unwrap();
+    state.set_suspended(false, now + SECOND);
+    state.set_suspended(true, now + SECOND);
+    state.lose(id, "", now + SECOND);
+    state.tick(now + tenth * 19);
+    assert_eq!(state.over(), None);
+    state.tick(now + SECOND * 2);
+    assert!(lost(&state));
+}
+
+#[test]
+fn attempts_to_make_a_link_fit_into_the_time_that_is_left() {
+    let usual = SECOND * 5;
+    let (mut state, links, now) = state(30, 2);
+    assert_eq!(state.attempt(now, usual), usual);
+    state.lose(links[0], "", now);
+    state.lose(links[1], "", now);
+    assert_eq!(state.attempt(now, usual), usual);
+    assert_eq!(state.attempt(now + SECOND * 24, usual), SECOND * 2);
+    state.limits.suspended = Duration::from_millis(2300);
+    state.set_suspended(true, now);
+    let three = state.attempt(now, usual) * 3;
+    assert!(three <= Duration::from_millis(2300), "{three:?}");
+    assert_eq!(state.attempt(now + SECOND * 2, usual), SHORTEST);
+}
+
+/// What waits for a link at the seal goes over the link that is left, once, and before "go".
+#[test]
+fn chunks_that_wait_at_the_seal_are_sent_once() {
+    let (mut state, links, now) = state(10, 2);
+    state.out.write(b"image");
+    assert_eq!(chunks(&mut state, links[1], now), [0]);
+    state.lose(links[1], "", now);
+    state.seal();
+    state.out.write(b"go");
+    assert_eq!(chunks(&mut state, links[0], now), [0, 1]);
+    assert_eq!(chunks(&mut state, links[0], now), [0; 0]);
+    state.lose(links[0], "", now);
+    assert!(lost(&state));
+    assert!(!state.out.is_waiting());
+}
+
+/// A peer that says bye and keeps the end of its stream to itself would let this end read for ever.
+#[test]
+fn a_bye_without_the_end_is_a_violation_unless_this_end_leaves_too() {
+    let (mut state, links, now) = state(10, 1);
+    assert!(state.arrived(0, Piece::Bytes(b"x".to_vec()), links[0], now));
+    state.peer_leaves(links[0], false);
+    let violated = Some(&Over::Malformed(Malformed::ByeWithoutEnd));
+    assert_eq!(state.over(), violated);
+    for leaves in [false, true] {
+        let (mut state, links, now) = self::state(10, 1);
+        match leaves {
+            true => state.say_bye(),
+            false => _ = state.arrived(0, Piece::End, links[0], now),
+        }
+        state.peer_leaves(links[0], false);
+        assert_eq!(state.over(), None);
+        assert!(state.peer_left());
+    }
 }
 
 #[test]
@@ -168,6 +264,7 @@ fn links_that_end_after_a_bye_end_in_order() {
     for (bye, ends_in_order) in [(true, true), (false, false)] {
         let (mut state, links, now) = state(0, 2);
         if bye {
+            state.arrived(0, Piece::End, links[0], now);
             state.peer_leaves(links[0], false);
         }
         for link in links {

@@ -302,6 +302,13 @@ fn only_an_allowed_client_and_the_named_server_of_the_ca_make_a_session() {
     ours.directory(&at("server-empty"), &["127.0.0.1"], Some("#\n"), false);
     other.directory(&at("server-other"), &["127.0.0.1"], allow, false);
     ours.directory(&at("client"), &["web2.example.org"], None, false);
+    ours.directory(&at("client-any"), &["*.example.org"], None, false);
+    ours.directory(
+        &at("client-two"),
+        &["web1.example.org", "*.b.org"],
+        None,
+        false,
+    );
     ours.directory(&at("client-old"), &["web2.example.org"], None, true);
     ours.directory(&at("client-not"), &["web3.example.org"], None, false);
     other.directory(&at("client-other"), &["web2.example.org"], None, false);
@@ -309,6 +316,8 @@ fn only_an_allowed_client_and_the_named_server_of_the_ca_make_a_session() {
         ("server", "client", "127.0.0.1", true),
         ("server", "client", "there", true),
         ("server", "client", "elsewhere", false),
+        ("server", "client-any", "127.0.0.1", false),
+        ("server", "client-two", "127.0.0.1", false),
         ("server", "client-old", "127.0.0.1", false),
         ("server", "client-not", "127.0.0.1", false),
         ("server", "client-other", "127.0.0.1", false),
@@ -354,6 +363,12 @@ fn keys_that_others_can_read_and_files_that_hold_something_else_are_refused() {
     }
     mode(&at.join("key.pem"), 0o400);
     assert!(KeyDirectory::open(&at).is_ok());
+    // Only root can give a file away.
+    if nix::unistd::geteuid().is_root() {
+        std::os::unix::fs::chown(at.join("key.pem"), Some(1234), None).unwrap();
+        refused("key.pem: user 1234 owns this key");
+        std::os::unix::fs::chown(at.join("key.pem"), Some(0), None).unwrap();
+    }
     fs::write(at.join("cert.pem"), "nothing").unwrap();
     refused("cert.pem: ");
     fs::remove_file(at.join("key.pem")).unwrap();

@@ -1,0 +1,155 @@
+//! `xsr tunnel`: runs a command on another host and carries its stdin, stdout and stderr over a
+//! session (docs/session.md). `xl migrate -s 'xsr tunnel'` uses it in place of ssh.
+//!
+//! This file is the end that the user starts. `tunnel/far.rs` is the other one, and
+//! `tunnel/frames.rs` has what they tell each other.
+//!
+//! C implementation of what it stands in for: `create_migration_child`, `migration_child_report` in
+//! `tools/xl/xl_migrate.c`.
+
+mod far;
+mod frames;
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+use xsr_save_restore::migrate::connection::Wait;
+use xsr_save_restore::migrate::session::{Session, SessionRequest};
+use xsr_save_restore::progress::Cancel;
+
+use self::frames::{Flags, Frame, Hearing, Pump, Speaker};
+use crate::args::TunnelArgs;
+use crate::exit::{BadUsage, Code};
+use crate::interrupt::Interrupt;
+use crate::terminal::Terminal;
+use crate::transport::{self, Tunnel};
+
+/// The exit code of a tunnel that fails itself, as ssh's.
+const FAILED: u8 = 255;
+
+/// How long each of the two ends waits for the other one to take part in making the session.
+const ANSWER: Duration = Duration::from_secs(60);
+
+/// How long closing may take. xl waits 2 s for the command that it has started.
+const CLOSE: Duration = Duration::from_millis(1500);
+
+/// What an end has in transit at most if the other one takes over when it is lost: with the pipe
+/// from xl and the buffer here, no more than 256 KiB. libxl lets the guest's network output go as
+/// soon as it has written a checkpoint.
+const IN_TRANSIT: u64 = 128 << 10;
+
+/// Run the command.
+pub(crate) fn run(args: &TunnelArgs, terminal: &Terminal) -> Result<Code> {
+    if let Some(command) = &args.serve {
+        return far::run(args, command, terminal);
+    }
+    let ended = near(args, terminal);
+    match ended {
+        Err(error) if !error.is::<BadUsage>() => {
+            terminal.error(&error);
+            Ok(Code::OfCommand(FAILED))
+        }
+        ended => ended,
+    }
+}
+
+/// Whether a command is a receiver that runs the domain when the connection is lost.
+fn stands_by<'w>(words: impl IntoIterator<Item = &'w str>) -> bool {
+    let mut words = words.into_iter();
+    let receives = words.any(|word| word == "migrate-receive");
+    receives
+        && words.any(|word| match word.strip_prefix('-') {
+            Some(long) if long.starts_with('-') => word == "--colo",
+            Some(letters) => letters.contains('r'),
+            None => false,
+        })
+}
+
+/// What this end has in transit, and whether it takes up a lost link again.
+fn suited(request: SessionRequest, command: &str) -> SessionRequest {
+    match stands_by(command.split_whitespace()) {
+        true => request.reconnect(Duration::ZERO).in_transit(IN_TRANSIT),
+        false => request,
+    }
+}
+
+fn near(args: &TunnelArgs, terminal: &Terminal) -> Result<Code> {
+    let interrupt = Interrupt::of_process()?;
+    let command = args.command.join(" ");
+    let tunnel = {
+        let suit = |request| suited(request, &command);
+        Tunnel::open(args, &command, suit, ANSWER, terminal, &interrupt)?
+    };
+    let (stdin, stdout) = transport::take_stdio()?;
+    let session = Arc::clone(&tunnel.session);
+    let flags = Arc::new(Flags::default());
+    let done = Cancel::new();
+    let pump = Pump {
+        speaker: Arc::new(Speaker::new(Arc::clone(&session))),
+        flags: Arc::clone(&flags),
+        errors: false,
+        ended: Arc::default(),
+        done: done.clone(),
+    };
+    spawn("tunnel-in", move || pump.run(stdin))?;
+    let ended = deliver(&session, stdout, &flags, interrupt.cancel());
+    done.cancel();
+    tunnel.close(CLOSE);
+    ended.map(Code::OfCommand)
+}
+
+/// Passes on what the other end says, until COMMAND's exit code.
+fn deliver(session: &Session, stdout: File, flags: &Flags, cancel: &Cancel) -> Result<u8> {
+    let mut hearing = Hearing::new(session, Wait::forever().unless(cancel));
+    let mut stdout = Some(stdout);
+    loop {
+        match hearing.next()? {
+            Frame::Data(bytes) => {
+                let written = stdout.as_mut().map(|to| to.write_all(bytes));
+                if let Some(Err(error)) = written {
+                    tracing::debug!(%error, "stdout takes no more");
+                    stdout = None;
+                    flags.unread.store(true, Ordering::Relaxed);
+                }
+            }
+            Frame::End => stdout = None,
+            // The messages are lost if stderr is closed.
+            Frame::Errors(bytes) => drop(io::stderr().write_all(bytes)),
+            Frame::Unread => flags.refused.store(true, Ordering::Relaxed),
+            Frame::Exit(code) => return Ok(code),
+        }
+    }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
+    thread::Builder::new().name(name.to_owned()).spawn(run)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_receiver_that_takes_over_is_recognised() {
+        for (command, expected) in [
+            ("xl migrate-receive -r", true),
+            ("xl migrate-receive -e -pr", true),
+            ("xl -t migrate-receive --colo", true),
+            ("sudo xsr migrate-receive -r --backend mock:/x", true),
+            ("xl migrate-receive -e -d -p", false),
+            ("xl migrate-receive", false),
+            ("xsr migrate-receive --force", false),
+            ("xl -r migrate-receive", false),
+            ("cat -r", false),
+        ] {
+            let words = command.split_whitespace();
+            assert_eq!(stands_by(words), expected, "{command}");
+        }
+    }
+}
