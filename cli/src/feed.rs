@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -14,9 +14,9 @@ use anyhow::{Context as _, Error, Result};
 use nix::fcntl::{SpliceFFlags, tee};
 use xsr_format::error::ReadError;
 use xsr_save_restore::RestoreError;
+use xsr_save_restore::storage::{StorageCursor, file};
 
 use crate::exit::{self, Code};
-use crate::file::widen;
 use crate::interrupt::Interrupt;
 use crate::origin::Origin;
 use crate::peel::{self, Found, Peeled, Source, TELLING, Used};
@@ -65,16 +65,16 @@ impl Behind {
 
 impl Feed {
     /// Remove the wrappers of the image in `source`. Returns the pipe to read it from.
-    pub(crate) fn start(source: Source, lenient: bool) -> Result<(File, Self)> {
+    pub(crate) fn start(source: Source, lenient: bool) -> Result<(StorageCursor, Self)> {
         Self::of(peel::peel(source, lenient)?)
     }
 
     /// The same for a connection, on which nothing after the image is read.
-    pub(crate) fn start_migration(source: Source) -> Result<(File, Self)> {
+    pub(crate) fn start_migration(source: Source) -> Result<(StorageCursor, Self)> {
         Self::of(peel::peel_migration(source)?)
     }
 
-    fn of(peeled: Peeled) -> Result<(File, Self)> {
+    fn of(peeled: Peeled) -> Result<(StorageCursor, Self)> {
         let Peeled {
             mut source,
             layers,
@@ -87,7 +87,7 @@ impl Feed {
         let is_compressed = !packed.is_empty();
         let (from, to) = nix::unistd::pipe().context("making a pipe")?;
         let (from, mut to) = (File::from(from), File::from(to));
-        widen(&from);
+        let from = StorageCursor::new(file::opened(from, "a pipe")?)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
@@ -122,11 +122,13 @@ impl Feed {
     /// # Errors
     ///
     /// The thread's error; a signal asked to stop.
-    pub(crate) fn finish(&self, mut pipe: &File) -> Result<Behind> {
+    pub(crate) fn finish(&self, mut pipe: &StorageCursor) -> Result<Behind> {
         let interrupt = Interrupt::of_process()?;
         let mut room = vec![0; 64 << 10];
         loop {
-            let waited = interrupt.wait_readable(pipe);
+            let waited = pipe
+                .stream_descriptor()
+                .map_or(Ok(()), |fd| interrupt.wait_readable(fd));
             if let Err(error) = waited {
                 self.stop();
                 return Err(match error.kind() {
@@ -163,7 +165,7 @@ impl Feed {
     /// The cause of `error`, which occurred while the image was read: the thread's error, or
     /// damaged compressed data, which may show only at their end. If it is neither, its offset is
     /// changed to one in the innermost compression's contents, or in the file if there is none.
-    pub(crate) fn blame(&self, pipe: &File, mut error: Error) -> Error {
+    pub(crate) fn blame(&self, pipe: &StorageCursor, mut error: Error) -> Error {
         if self.is_over() {
             return error;
         }
@@ -223,33 +225,26 @@ fn pump(source: &mut Source, pipe: &mut File, stop: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-/// The first bytes of a file or a pipe, without consuming them; none for anything else.
-pub(crate) fn peek(file: &File, seekable: bool) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; TELLING];
-    if seekable {
-        use std::os::unix::fs::FileExt;
-        let mut n = 0;
-        while n < bytes.len() {
-            match file.read_at(&mut bytes[n..], n as u64) {
-                Ok(0) => break,
-                Ok(more) => n += more,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-        bytes.truncate(n);
+/// The first bytes of a stored image or a pipe, without consuming them; none for anything else.
+pub(crate) fn peek(image: &StorageCursor) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Some(start) = image.again() {
+        start.take(TELLING as u64).read_to_end(&mut bytes)?;
         return Ok(bytes);
     }
-    peek_pipe(file)
+    match image.stream_descriptor() {
+        Some(fd) => peek_pipe(fd),
+        None => Ok(bytes),
+    }
 }
 
 /// A pipe may hold only a part of them, and more a moment later.
-fn peek_pipe(file: &File) -> io::Result<Vec<u8>> {
+fn peek_pipe(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     const TRIES: u32 = 100;
     let mut bytes = Vec::new();
     for _ in 0..TRIES {
         let (from, to) = nix::unistd::pipe()?;
-        match tee(file, to.as_fd(), TELLING, SpliceFFlags::empty()) {
+        match tee(fd, to.as_fd(), TELLING, SpliceFFlags::empty()) {
             Ok(_) => {}
             Err(nix::errno::Errno::EINTR) => continue,
             // Not a pipe: it is read without peeking.

@@ -2,17 +2,16 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, IsTerminal, Read, Seek, SeekFrom, Write as _};
+use std::io::{self, IsTerminal, Read, Seek as _, Write as _};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt as _, FileTypeExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use nix::fcntl::{FcntlArg, fcntl};
 use xsr_format::read::ReadOptions;
 use xsr_format::walk::Walk;
 use xsr_format::wrapper::vhd::{self, Vhd, VhdError};
-use xsr_save_restore::storage::file::check_readable;
+use xsr_save_restore::storage::{Opened, StorageCursor, file};
 
 use crate::exit::{self, BadImage, BadUsage};
 use crate::feed::{self, Behind, Feed};
@@ -29,8 +28,8 @@ pub(crate) fn is_dash(path: &Path) -> bool {
 /// An image that is open for reading.
 #[derive(Debug)]
 pub(crate) struct Input {
-    /// The descriptor to read. Never buffered, because other readers go on where one stops.
-    pub(crate) file: File,
+    /// The image. Never buffered, because other readers go on where one stops.
+    pub(crate) image: StorageCursor,
     /// Its name for the user, not escaped: output that shows it must escape it.
     pub(crate) name: String,
     /// Its length in bytes, for a seekable file at its start; `None` for a pipe, and for a file
@@ -40,8 +39,10 @@ pub(crate) struct Input {
     path: Option<PathBuf>,
     /// The thread that removes the wrappers, if there are any.
     feed: Option<Feed>,
-    /// The file that this thread reads, and its length, if it is not `file` itself.
-    outer: Option<(File, u64)>,
+    /// The file that this thread reads, and its length, if it is not `image` itself.
+    outer: Option<(StorageCursor, u64)>,
+    /// Keeps the position of a file that is stdin.
+    _stdin: Option<StdinPosition>,
 }
 
 impl Input {
@@ -60,13 +61,15 @@ impl Input {
                     "stdin is a terminal: pipe an image in, or name a file".to_owned(),
                 )));
             }
-            let file = stdin.as_fd().try_clone_to_owned().context("stdin")?.into();
-            return Self::plain(file, "stdin".to_owned());
+            let file: File = stdin.as_fd().try_clone_to_owned().context("stdin")?.into();
+            let mut input = Self::plain(file::opened(file, "stdin")?, "stdin".to_owned())?;
+            if input.length.is_some() {
+                input._stdin = Some(StdinPosition(input.image.clone()));
+            }
+            return Ok(input);
         }
         let name = path.display().to_string();
-        check_readable(path)?;
-        let file = File::open(path).with_context(|| name.clone())?;
-        let mut input = Self::plain(file, name)?;
+        let mut input = Self::plain(file::open(path)?, name)?;
         input.path = input.length.is_some().then(|| path.to_owned());
         Ok(input)
     }
@@ -82,7 +85,7 @@ impl Input {
         let mut file = tempfile::tempfile().with_context(name)?;
         // Checked while it is copied: of a bad image, only the part before the error is kept.
         let source = Tee {
-            from: &input.file,
+            from: &input.image,
             to: &file,
         };
         let options = ReadOptions { lenient, offset: 0 };
@@ -93,17 +96,16 @@ impl Input {
             })
             .map_err(|error| input.blame(error.into()))
             .with_context(name)?;
-        feed.finish(&input.file).with_context(name)?;
+        feed.finish(&input.image).with_context(name)?;
         file.rewind().with_context(name)?;
         let layers = feed.layers.join(", ");
         tracing::info!("{}: unwrapped into a temporary file: {layers}", input.name);
-        Self::plain(file, input.name.clone())
+        Self::plain(file::opened(file, "a temporary file")?, input.name.clone())
     }
 
     /// Remove the wrappers of the image, if there are any.
     pub(crate) fn unwrapped(self, lenient: bool) -> anyhow::Result<Self> {
-        let prefix =
-            feed::peek(&self.file, self.length.is_some()).with_context(|| self.name.clone())?;
+        let prefix = feed::peek(&self.image).with_context(|| self.name.clone())?;
         if prefix.starts_with(&vhd::MAGIC) && self.length.is_some() {
             return self.out_of_a_vhd(lenient);
         }
@@ -113,57 +115,56 @@ impl Input {
                 false => Ok(self),
             };
         }
-        let outer = self
-            .length
-            .and_then(|length| Some((self.file.try_clone().ok()?, length)));
+        let outer = self.length.map(|length| (self.image.clone(), length));
         let Self {
-            file, name, path, ..
+            image, name, path, ..
         } = self;
-        let (file, feed) = Feed::start(Box::new(file), lenient).with_context(|| name.clone())?;
+        let (image, feed) = Feed::start(Box::new(image), lenient).with_context(|| name.clone())?;
         Ok(Self {
-            file,
+            image,
             name,
             length: None,
             path,
             feed: Some(feed),
             outer,
+            _stdin: self._stdin,
         })
     }
 
     /// The image on the disk in a dynamic VHD, as xapi exports suspend VDIs.
     fn out_of_a_vhd(self, lenient: bool) -> anyhow::Result<Self> {
         let name = || self.name.clone();
-        let own = self.file.try_clone().with_context(name)?;
-        let disk = match Vhd::open(own) {
+        let disk = match Vhd::open(self.image.clone()) {
             Ok(disk) => disk,
             Err(VhdError::Io(error)) if error.kind() != io::ErrorKind::UnexpectedEof => {
                 return Err(anyhow::Error::new(error).context(name()));
             }
             Err(error) => {
-                (&self.file).rewind().with_context(name)?;
+                (&self.image).rewind().with_context(name)?;
                 let why = format!("it cannot be read as a VHD ({})", exit::words_of(&error));
                 return Err(self.foreign().context(why).context(name()));
             }
         };
         let Self { name, path, .. } = self;
-        let (file, mut feed) =
+        let (image, mut feed) =
             Feed::start(Box::new(disk), lenient).with_context(|| name.clone())?;
         feed.layers.insert(0, "VHD".to_owned());
         Ok(Self {
-            file,
+            image,
             name,
             length: None,
             path,
             feed: Some(feed),
             outer: None,
+            _stdin: self._stdin,
         })
     }
 
     /// Show how far it has been read, until the result is dropped.
     pub(crate) fn follow(&self, terminal: &Terminal, what: &'static str) -> Option<Follower> {
-        let (file, length) = match (&self.outer, self.length) {
-            (Some((file, length)), _) => (file, *length),
-            (None, Some(length)) => (&self.file, length),
+        let (image, length) = match (&self.outer, self.length) {
+            (Some((image, length)), _) => (image.clone(), *length),
+            (None, Some(length)) => (self.image.clone(), length),
             (None, None) => return None,
         };
         // A decompressor reads far ahead of the work: all of a small file at once.
@@ -172,7 +173,10 @@ impl Input {
                 let position = move || Some(used.position());
                 Follower::start_at(terminal, what, position, Some(length))
             }
-            None => Follower::start(terminal, what, file, Some(length)),
+            None => {
+                let position = move || Some(image.position());
+                Follower::start_at(terminal, what, position, Some(length))
+            }
         }
     }
 
@@ -207,41 +211,36 @@ impl Input {
         let mut last = [0; 512];
         let at = self.length.and_then(|length| length.checked_sub(END));
         if let Some(at) = at
-            && self.file.read_exact_at(&mut last, at).is_ok()
+            && self.image.read_exact_at(&mut last, at).is_ok()
             && let Some(foreign) = peel::by_its_end(&last)
         {
             let why = format!("not a saved Xen domain: it is {foreign}");
             return anyhow::Error::new(BadImage(why));
         }
-        match self.file.try_clone() {
-            Ok(file) => {
-                let mut source: peel::Source = Box::new(file);
-                peel::unreadable(&mut source, None)
-            }
-            Err(error) => error.into(),
-        }
+        let mut source: peel::Source = Box::new(self.image.clone());
+        peel::unreadable(&mut source, None)
     }
 
     /// Called when the image of `bytes` bytes has been read to its end: checks that its wrappers
     /// are good to their end, too. Returns what follows the image, if that is known.
     pub(crate) fn finish(&self, bytes: u64) -> anyhow::Result<Option<Behind>> {
         let header = self.feed.as_ref().map(Feed::header_bytes);
-        let (file, length, end) = match (header, &self.outer, self.length) {
-            (Some(Some(header)), Some((file, length)), _) => (file, *length, header + bytes),
+        let (image, length, end) = match (header, &self.outer, self.length) {
+            (Some(Some(header)), Some((image, length)), _) => (image, *length, header + bytes),
             (Some(_), ..) => {
                 let feed = self.feed.as_ref();
-                return feed.map(|feed| feed.finish(&self.file)).transpose();
+                return feed.map(|feed| feed.finish(&self.image)).transpose();
             }
-            (None, _, Some(length)) => (&self.file, length, bytes),
+            (None, _, Some(length)) => (&self.image, length, bytes),
             (None, _, None) => return Ok(None),
         };
         // If only a header was removed, nothing after the image has to be read.
         if let Some(feed) = &self.feed {
             feed.stop();
-            feed.finish(&self.file)?;
+            feed.finish(&self.image)?;
         }
         let mut start = vec![0; TELLING];
-        let read = file.read_at(&mut start, end).unwrap_or(0);
+        let read = image.read_at(&mut start, end).unwrap_or(0);
         start.truncate(read);
         Ok(Some(Behind {
             bytes: length.saturating_sub(end),
@@ -253,7 +252,7 @@ impl Input {
     /// wrapper.
     pub(crate) fn blame(&self, error: anyhow::Error) -> anyhow::Error {
         match &self.feed {
-            Some(feed) => feed.blame(&self.file, error),
+            Some(feed) => feed.blame(&self.image, error),
             None => error,
         }
     }
@@ -261,45 +260,28 @@ impl Input {
     /// A legacy image (Xen 4.5 and before) that arrives over a connection, converted as it is read.
     /// `source` is the connection from the image's first byte on.
     pub(crate) fn converted_from(source: peel::Source, name: &str) -> anyhow::Result<Self> {
-        let (file, feed) = Feed::start_migration(source)?;
+        let (image, feed) = Feed::start_migration(source)?;
         Ok(Self {
-            file,
+            image,
             name: name.to_owned(),
             length: None,
             path: None,
             feed: Some(feed),
             outer: None,
+            _stdin: None,
         })
     }
 
-    fn plain(mut file: File, name: String) -> anyhow::Result<Self> {
-        let metadata = file.metadata().with_context(|| name.clone())?;
-        if metadata.is_dir() {
-            bail!("{name}: is a directory, not an image");
-        }
-        if metadata.file_type().is_fifo() {
-            widen(&file);
-        }
-        let is_block_device = metadata.file_type().is_block_device();
-        let has_length = metadata.is_file() || is_block_device;
-        let length = match has_length && file.stream_position()? == 0 {
-            // Of a device, the metadata report length 0.
-            true if is_block_device => {
-                let end = file.seek(SeekFrom::End(0));
-                let length = end.with_context(|| name.clone())?;
-                file.rewind().with_context(|| name.clone())?;
-                Some(length)
-            }
-            true => Some(metadata.len()),
-            false => None,
-        };
+    fn plain(opened: Opened, name: String) -> anyhow::Result<Self> {
+        let image = StorageCursor::new(opened)?;
         Ok(Self {
-            file,
+            length: image.length(),
+            image,
             name,
-            length,
             path: None,
             feed: None,
             outer: None,
+            _stdin: None,
         })
     }
 
@@ -308,21 +290,21 @@ impl Input {
         self.length.is_some() || self.path.is_some()
     }
 
-    /// The same file, at its start. (Unless wrappers were removed, both share one file offset: a
-    /// reader of the first must seek again.)
+    /// The same image, at its start.
     pub(crate) fn again(&self) -> anyhow::Result<Self> {
         if let (Some(path), Some(_)) = (&self.path, &self.feed) {
             return Self::open(path, false);
         }
-        let mut file = self.file.try_clone().with_context(|| self.name.clone())?;
-        file.rewind().with_context(|| self.name.clone())?;
+        let image = self.image.again().ok_or(io::ErrorKind::NotSeekable);
+        let image = image.map_err(io::Error::from);
         Ok(Self {
-            file,
+            image: image.with_context(|| self.name.clone())?,
             name: self.name.clone(),
             length: self.length,
             path: self.path.clone(),
             feed: None,
             outer: None,
+            _stdin: None,
         })
     }
 
@@ -335,9 +317,23 @@ impl Input {
     }
 }
 
+/// Leaves stdin where the image has been read to, for the program that reads it next.
+#[derive(Debug)]
+struct StdinPosition(StorageCursor);
+
+impl Drop for StdinPosition {
+    fn drop(&mut self) {
+        if let Some(fd) = self.0.reader().and_then(|reader| reader.descriptor())
+            && let Err(error) = rustix::fs::seek(fd, rustix::fs::SeekFrom::Start(self.0.position()))
+        {
+            tracing::debug!(%error, "stdin keeps its position");
+        }
+    }
+}
+
 /// A reader that keeps a copy of what is read in a file.
 struct Tee<'f> {
-    from: &'f File,
+    from: &'f StorageCursor,
     to: &'f File,
 }
 

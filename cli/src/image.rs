@@ -3,8 +3,6 @@
 //!
 //! In a file, unneeded page data are skipped by seeking; a pipe is read forwards.
 
-use std::fs::File;
-
 use anyhow::Context as _;
 use xsr_format::fields::{self, pv};
 use xsr_format::frame::Pfn;
@@ -12,6 +10,7 @@ use xsr_format::guest_image::GuestImage;
 use xsr_format::read::ReadOptions;
 use xsr_format::record::pv::PvInfo;
 use xsr_format::walk::{Step, Walk};
+use xsr_save_restore::storage::StorageCursor;
 
 use crate::file::Input;
 
@@ -27,7 +26,7 @@ pub(crate) struct At {
 }
 
 /// An item of a file.
-pub(crate) type FileStep<'w, 'f> = Step<'w, &'f File>;
+pub(crate) type FileStep<'w, 'f> = Step<'w, &'f StorageCursor>;
 
 impl At {
     /// Where a step is.
@@ -103,10 +102,10 @@ impl Reading {
             lenient: self.lenient,
             offset: 0,
         };
-        let file = &input.file;
+        let image = &input.image;
         let opened = match input.length {
-            Some(_) => Walk::open_seeking(file, options),
-            None => Walk::open(file, options),
+            Some(_) => Walk::open_seeking(image, options),
+            None => Walk::open(image, options),
         };
         opened
             .map_err(anyhow::Error::new)
@@ -117,14 +116,18 @@ impl Reading {
 }
 
 /// Walk on to the end.
-fn steps(walk: &mut Walk<&File>, visit: Visitor<'_>, walked: &mut Walked) -> anyhow::Result<()> {
+fn steps(
+    walk: &mut Walk<&StorageCursor>,
+    visit: Visitor<'_>,
+    walked: &mut Walked,
+) -> anyhow::Result<()> {
     let result = each_step(walk, visit);
     walked.bytes = walk.offset();
     walked.guest = walk.take_guest();
     result
 }
 
-fn each_step(walk: &mut Walk<&File>, visit: Visitor<'_>) -> anyhow::Result<()> {
+fn each_step(walk: &mut Walk<&StorageCursor>, visit: Visitor<'_>) -> anyhow::Result<()> {
     while let Some(step) = walk.next_step()? {
         visit(step)?;
     }

@@ -4,9 +4,7 @@
 
 mod order;
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::FileExt as _;
+use std::io;
 
 use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
@@ -14,50 +12,22 @@ use xsr_format::layout::{ALIGNMENT, LayoutError, Mapped, TRAILER_MAGIC, leading_
 use xsr_format::read::ReadOptions;
 use xsr_format::record::page_data::Entries;
 use xsr_format::walk::{Content, Walk};
+use xsr_save_restore::storage::StorageCursor;
 
 use crate::exit::{self, BadImage};
 use crate::file::Input;
 use crate::image::At;
 use crate::text::Count;
 
-/// A reader of a file with its own position.
-#[derive(Debug)]
-pub(crate) struct Positioned<'f> {
-    file: &'f File,
-    at: u64,
-}
-
-impl<'f> Positioned<'f> {
-    /// The file, from its start.
-    pub(crate) fn new(file: &'f File) -> Self {
-        Self { file, at: 0 }
-    }
-}
-
-impl Read for Positioned<'_> {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        let n = self.file.read_at(room, self.at)?;
-        self.at += n as u64;
-        Ok(n)
-    }
-}
-
-impl Seek for Positioned<'_> {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let to = match to {
-            SeekFrom::Start(at) => Some(at),
-            SeekFrom::Current(by) => self.at.checked_add_signed(by),
-            SeekFrom::End(by) => {
-                let mut file = self.file;
-                let here = file.stream_position()?;
-                let end = file.seek(SeekFrom::End(0))?;
-                file.seek(SeekFrom::Start(here))?;
-                end.checked_add_signed(by)
-            }
-        };
-        self.at = to.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        Ok(self.at)
-    }
+/// A reader of an image with its own position.
+///
+/// # Errors
+///
+/// `NotSeekable` if the image can be read only once.
+pub(crate) fn own_position(image: &StorageCursor) -> io::Result<StorageCursor> {
+    image
+        .again()
+        .ok_or_else(|| io::ErrorKind::NotSeekable.into())
 }
 
 /// The index of an image; `None` if it need not have one.
@@ -88,7 +58,7 @@ pub(crate) fn bad_index(error: &LayoutError) -> Error {
 /// The index, for commands that read any stream and can do without it.
 pub(crate) fn usable_index(input: &Input) -> Option<Mapped> {
     input.length?;
-    Mapped::open(&mut Positioned::new(&input.file)).ok()?
+    Mapped::open(&mut input.image.again()?).ok()?
 }
 
 /// A description of a mapped image's layout.
@@ -128,19 +98,19 @@ fn read_index(input: &Input, lenient: bool) -> Result<Option<Mapped>, LayoutErro
     let Some(length) = input.length else {
         return Ok(None);
     };
-    match Mapped::open(&mut Positioned::new(&input.file))? {
+    match Mapped::open(&mut own_position(&input.image)?)? {
         Some(mapped) => Ok(Some(mapped)),
-        None => unfinished(&input.file, length, lenient).map_or(Ok(None), Err),
+        None => unfinished(&input.image, length, lenient).map_or(Ok(None), Err),
     }
 }
 
 /// Whether a file without a footer has page data only where the mapped layout has them, and is
 /// followed by nothing or by an incomplete trailer.
-fn unfinished(file: &File, length: u64, lenient: bool) -> Option<LayoutError> {
+fn unfinished(image: &StorageCursor, length: u64, lenient: bool) -> Option<LayoutError> {
     let options = ReadOptions { lenient, offset: 0 };
     let mut padded = false;
     // The reader of the stream reports its errors.
-    let mut walk = Walk::open_seeking(Positioned::new(file), options).ok()?;
+    let mut walk = Walk::open_seeking(image.again()?, options).ok()?;
     while let Some(step) = walk.next_step().ok()? {
         let Content::PageData(body) = step.content else {
             continue;
@@ -155,7 +125,7 @@ fn unfinished(file: &File, length: u64, lenient: bool) -> Option<LayoutError> {
     }
     let image_end = walk.offset();
     let mut start = TRAILER_MAGIC;
-    let read = file.read_at(&mut start, image_end).ok()?;
+    let read = image.read_at(&mut start, image_end).ok()?;
     let trailer = read > 0;
     let ours = TRAILER_MAGIC.starts_with(&start[..read]) && image_end <= length;
     (padded && ours).then_some(LayoutError::FooterMissing { image_end, trailer })

@@ -9,15 +9,18 @@ mod room;
 use std::fs::{self, File, Metadata};
 use std::io::{self, BufWriter, IsTerminal as _, Read as _, Seek as _, SeekFrom, Write};
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, bail};
 use nix::sys::stat::{major, minor};
+use xsr_format::transcode::CopyError;
 use xsr_save_restore::storage::file::{Begun, FileStorage, Kept, Target};
 use xsr_save_restore::storage::pipe::StraightWriter;
-use xsr_save_restore::storage::{Create, Durability, Shape, StorageError, StorageWriter};
+use xsr_save_restore::storage::{
+    Create, Durability, Shape, StorageCursor, StorageError, StorageWriter,
+};
 
 use crate::backend::phase;
 use crate::exit::{Aftermath, BadUsage, NotDurable, WriteFailed};
@@ -446,12 +449,11 @@ fn file_of(writer: &dyn StorageWriter) -> io::Result<File> {
 /// The system's error.
 fn io_error(error: StorageError) -> io::Error {
     match error {
-        StorageError::Io { source, .. } | StorageError::NotDurable { source, .. } => source,
         StorageError::Exists { .. } => io::Error::new(
             io::ErrorKind::AlreadyExists,
             "another file has just got its name: --force replaces it",
         ),
-        other => io::Error::other(other),
+        other => other.into(),
     }
 }
 
@@ -595,27 +597,16 @@ impl Sink<'_> {
         result
     }
 
-    /// Copy `bytes`, or as many as there are, from a file, in the kernel where possible.
-    pub(crate) fn copy(&mut self, source: &File, bytes: u64) -> io::Result<u64> {
-        let mut sink = self.file;
-        match io::copy(&mut source.take(bytes), &mut sink) {
+    /// Copy `bytes`, or as many as there are, from an image, in the kernel where possible.
+    pub(crate) fn copy(&mut self, source: &StorageCursor, bytes: u64) -> io::Result<u64> {
+        match source.copy_to(self.file, bytes) {
             Ok(copied) => {
                 self.bytes += copied;
                 Ok(copied)
             }
-            Err(error) if reads(source) => self.remember(Err(error)),
-            Err(error) => Err(error),
+            Err(CopyError::Write(error)) => self.remember(Err(error)),
+            Err(CopyError::Read(error)) => Err(error),
         }
-    }
-}
-
-/// Whether a file can be read at its position. If so, not the reading but the writing failed. (The
-/// kernel does not say which.)
-fn reads(mut source: &File) -> bool {
-    match source.stream_position() {
-        Ok(at) => source.read_at(&mut [0], at).is_ok(),
-        // A pipe: reading it does not fail.
-        Err(_) => true,
     }
 }
 

@@ -1,11 +1,12 @@
 //! Sources of a stream: a file descriptor, from which pages are read straight into the guest's
 //! memory, or any other reader.
 
+mod stored;
+
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -16,6 +17,10 @@ use xsr_xen_backend::ForeignPages;
 
 use crate::descriptor::Descriptor;
 use crate::progress::{Cancel, Cancelled};
+use crate::storage::StorageReader;
+use crate::storage::file::FileReader;
+
+pub use stored::StoredSource;
 
 /// A source of a stream.
 pub trait PageSource: Read {
@@ -57,13 +62,13 @@ pub(crate) const HEADERS: u64 = (ImageHeader::BYTES + DomainHeader::BYTES) as u6
 const GLANCE: usize = 16 << 10;
 const LONGEST_GLANCE: usize = 64 << 10;
 
-/// A file with a read position of its own.
+/// A stored image with a read position of its own.
 #[derive(Debug)]
 pub struct LookAhead {
-    file: Arc<File>,
+    image: Arc<dyn StorageReader>,
     offset: u64,
     cancel: Option<Cancel>,
-    /// The part of the file that has been read, from this offset on.
+    /// The part of the image that has been read, from this offset on.
     seen: Vec<u8>,
     seen_from: u64,
     /// How much to read next.
@@ -72,9 +77,9 @@ pub struct LookAhead {
 
 impl LookAhead {
     /// Looks ahead from an offset on.
-    fn new(file: Arc<File>, offset: u64, cancel: Option<Cancel>) -> Self {
+    fn new(image: Arc<dyn StorageReader>, offset: u64, cancel: Option<Cancel>) -> Self {
         Self {
-            file,
+            image,
             offset,
             cancel,
             seen: Vec::new(),
@@ -104,7 +109,7 @@ impl Read for LookAhead {
             };
             self.seen.resize(self.glance, 0);
             self.seen_from = self.offset;
-            let read = self.file.read_at(&mut self.seen, self.offset);
+            let read = self.image.read_at(&mut self.seen, self.offset);
             self.seen.truncate(*read.as_ref().unwrap_or(&0));
             read?;
         }
@@ -119,41 +124,75 @@ impl Seek for LookAhead {
         let place = match to {
             SeekFrom::Start(offset) => Some(offset),
             SeekFrom::Current(by) => self.offset.checked_add_signed(by),
-            SeekFrom::End(by) => self.file.metadata()?.len().checked_add_signed(by),
+            SeekFrom::End(by) => self.image.length().checked_add_signed(by),
         };
         self.offset = place.ok_or(io::ErrorKind::InvalidInput)?;
         Ok(self.offset)
     }
 }
 
-/// A range of bytes in a file.
+/// A range of bytes in a stored image.
 #[derive(Clone, Debug)]
 pub struct Extent {
-    file: Arc<File>,
+    image: Arc<dyn StorageReader>,
     offset: u64,
 }
 
 impl Extent {
+    fn new(image: Arc<dyn StorageReader>, offset: u64) -> Self {
+        Self { image, offset }
+    }
+
     /// Fills `room` from offset `at` of the extent.
     pub(crate) fn read_exact_at(&self, at: usize, room: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(room, self.offset + at as u64)
+        Ok(self.image.read_exact_at(room, self.offset + at as u64)?)
     }
 
     /// Fills a range of `pages`; page 0 is the first of the extent.
     pub(crate) fn read_pages(&self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
-        let mut at = range.start * PAGE_SIZE;
-        let end = range.end * PAGE_SIZE;
-        while at < end {
-            let offset = self.offset + at as u64;
-            match pages.read_some_at(self.file.as_fd(), offset, at..end) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => at += n,
-                Err(e) if e.raw_os_error() == Some(Errno::EINTR as i32) => {}
-                Err(e) => return Err(e),
-            }
+        let bytes = range.start * PAGE_SIZE..range.end * PAGE_SIZE;
+        let Some(fd) = self.image.descriptor() else {
+            return self.copy_pages(pages, range);
+        };
+        let offset = self.offset + bytes.start as u64;
+        let wanted = bytes.len() as u64;
+        match read_pages_at(fd, offset, pages, bytes)? == wanted {
+            true => Ok(()),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    /// As [`Self::read_pages`], for a storage without descriptors.
+    fn copy_pages(&self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
+        let first = range.start;
+        let mut room = vec![0; range.len() * PAGE_SIZE];
+        self.read_exact_at(first * PAGE_SIZE, &mut room)?;
+        for (page, index) in room.as_chunks::<PAGE_SIZE>().0.iter().zip(range) {
+            let place = pages.page(index).expect("the caller mapped it");
+            place.copy_from(page);
         }
         Ok(())
     }
+}
+
+/// Fills a range of the bytes of `pages` from `offset` in a file. Returns how many bytes there were.
+fn read_pages_at(
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    pages: &ForeignPages,
+    range: Range<usize>,
+) -> io::Result<u64> {
+    let mut at = range.start;
+    while at < range.end {
+        let done = (at - range.start) as u64;
+        match pages.read_some_at(fd, offset + done, at..range.end) {
+            Ok(0) => break,
+            Ok(n) => at += n,
+            Err(e) if e.raw_os_error() == Some(Errno::EINTR as i32) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok((at - range.start) as u64)
 }
 
 /// Whether a descriptor is a file, any part of which can be read at any time.
@@ -161,21 +200,21 @@ impl Extent {
 enum Positioned {
     Unknown,
     No,
-    Yes(Arc<File>),
+    Yes(Arc<FileReader>),
 }
 
 impl Positioned {
-    fn file(&mut self, fd: &impl AsFd) -> io::Result<Option<&Arc<File>>> {
+    fn reader(&mut self, fd: &impl AsFd) -> io::Result<Option<&Arc<FileReader>>> {
         if let Self::Unknown = self {
             // Shares its position with the descriptor: they are one open file.
             let file = File::from(fd.as_fd().try_clone_to_owned()?);
             *self = match file.metadata()?.is_file() {
-                true => Self::Yes(Arc::new(file)),
+                true => Self::Yes(Arc::new(FileReader::new(file, "the stream")?)),
                 false => Self::No,
             };
         }
         Ok(match self {
-            Self::Yes(file) => Some(file),
+            Self::Yes(reader) => Some(reader),
             Self::Unknown | Self::No => None,
         })
     }
@@ -241,34 +280,33 @@ impl<F: AsFd> PageSource for FdSource<F> {
     }
 
     fn take_extent(&mut self, bytes: u64) -> io::Result<Option<Extent>> {
-        let Some(file) = self.positioned.file(&self.descriptor)? else {
+        let Some(reader) = self.positioned.reader(&self.descriptor)? else {
             return Ok(None);
         };
         self.descriptor.check()?;
-        let mut stands = &**file;
-        let offset = stands.stream_position()?;
+        let mut file = reader.file();
+        let offset = file.stream_position()?;
         let end = offset.saturating_add(bytes);
         // A reader in order reports the missing bytes.
         if end > file.metadata()?.len() {
             return Ok(None);
         }
-        stands.seek(SeekFrom::Start(end))?;
-        Ok(Some(Extent {
-            file: Arc::clone(file),
-            offset,
-        }))
+        file.seek(SeekFrom::Start(end))?;
+        let reader: Arc<FileReader> = Arc::clone(reader);
+        Ok(Some(Extent::new(reader, offset)))
     }
 
     fn look_ahead(&mut self) -> io::Result<Option<LookAhead>> {
-        let Some(file) = self.positioned.file(&self.descriptor)? else {
+        let Some(reader) = self.positioned.reader(&self.descriptor)? else {
             return Ok(None);
         };
-        let mut stands = &**file;
-        let Some(offset) = stands.stream_position()?.checked_sub(HEADERS) else {
+        let mut file = reader.file();
+        let Some(offset) = file.stream_position()?.checked_sub(HEADERS) else {
             return Ok(None);
         };
         let cancel = self.descriptor.cancel().cloned();
-        Ok(Some(LookAhead::new(Arc::clone(file), offset, cancel)))
+        let reader: Arc<FileReader> = Arc::clone(reader);
+        Ok(Some(LookAhead::new(reader, offset, cancel)))
     }
 }
 

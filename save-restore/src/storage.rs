@@ -5,6 +5,7 @@
 //! | [`Storage`] | names and their images |
 //! | [`StorageWriter`] | an image that is being written, visible only once it is complete |
 //! | [`StorageReader`] | an image that is read at any place, by any number of threads |
+//! | [`StorageCursor`] | an opened image of either kind with a read position |
 //!
 //! An image appears completely or not at all: nothing is visible under its name before
 //! [`StorageWriter::commit`], and dropping the writer removes what was written. A pipe or a device
@@ -37,6 +38,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod cursor;
 mod error;
 pub mod file;
 pub mod pipe;
@@ -51,6 +53,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::str::FromStr;
 
+pub use cursor::StorageCursor;
 pub use error::StorageError;
 
 /// The name of an image in a storage: the name of a file, without a directory.

@@ -3,7 +3,6 @@
 //! The stream is checked as it is copied, because its end can only be found by reading it.
 
 use std::cell::RefCell;
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::rc::Rc;
 
@@ -20,6 +19,7 @@ use xsr_format::transcode::Layer;
 use xsr_format::walk::{Content, Walk};
 use xsr_format::wrapper::xl::XlHeader;
 use xsr_format::write::page_data_head;
+use xsr_save_restore::storage::StorageCursor;
 
 use crate::args::images::{CatArgs, CatLayer};
 use crate::exit::{BadUsage, Code};
@@ -70,32 +70,32 @@ impl Raw {
     }
 }
 
-/// A file, and a copy of what has been read from it since the copy was last taken.
+/// An image, and a copy of what has been read from it since the copy was last taken.
 pub(super) struct Heard<'f> {
-    file: &'f File,
+    image: &'f StorageCursor,
     raw: Rc<RefCell<Raw>>,
 }
 
 impl<'f> Heard<'f> {
-    /// A reader of a file, and the buffer in which the bytes read are collected.
-    pub(super) fn new(file: &'f File) -> (Self, Rc<RefCell<Raw>>) {
+    /// A reader of an image, and the buffer in which the bytes read are collected.
+    pub(super) fn new(image: &'f StorageCursor) -> (Self, Rc<RefCell<Raw>>) {
         let raw = Rc::default();
         let heard = Self {
-            file,
+            image,
             raw: Rc::clone(&raw),
         };
         (heard, raw)
     }
 
-    /// The file itself, for reads that need no copy.
-    pub(super) fn file(&self) -> &'f File {
-        self.file
+    /// The image itself, for reads that need no copy.
+    pub(super) fn image(&self) -> &'f StorageCursor {
+        self.image
     }
 }
 
 impl Read for Heard<'_> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        let n = self.file.read(room)?;
+        let n = self.image.read(room)?;
         if let Some(read) = room.get(..n) {
             self.raw.borrow_mut().push(read);
         }
@@ -158,7 +158,7 @@ fn configuration(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<(
                 lenient: args.lenient,
                 offset: 0,
             };
-            let mut walk = Walk::open(&input.file, options)
+            let mut walk = Walk::open(&input.image, options)
                 .map_err(|error| input.blame(error.into()))
                 .with_context(|| input.name.clone())?;
             let header = match walk.detected() {
@@ -205,7 +205,7 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
         Some(index) => InOrder::of(input, index).map_err(|error| mapped::bad_index(&error))?,
         None => None,
     };
-    let (source, heard) = Heard::new(&input.file);
+    let (source, heard) = Heard::new(&input.image);
     let mut walk = Walk::open(source, options)?;
     let has = match walk.detected() {
         Detected::Xl => Layer::Xl,
@@ -245,7 +245,7 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
                 let data = |sink: &mut Sink<'_>, bytes: &[u8]| Ok(sink.write_all(bytes)?);
                 moved.write::<_, Error>(sink, head, data)?;
                 body.with_source(pages, |source, bytes| {
-                    let passed = io::copy(&mut source.file.take(bytes), &mut io::sink())?;
+                    let passed = io::copy(&mut source.image.take(bytes), &mut io::sink())?;
                     match passed == bytes {
                         true => Ok(()),
                         false => Err(EndedAfter(passed).into()),
@@ -254,7 +254,7 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
                 continue;
             }
             let copied = body.with_source(pages, |source, bytes| {
-                let copied = sink.copy(source.file, bytes)?;
+                let copied = sink.copy(source.image, bytes)?;
                 match copied == bytes {
                     true => Ok(()),
                     false => Err(EndedAfter(copied).into()),

@@ -11,8 +11,7 @@
 mod layout;
 pub(crate) mod script;
 
-use std::fs::File;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Seek as _, SeekFrom, Write};
 use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result};
@@ -32,6 +31,7 @@ use xsr_format::transcode::{
 use xsr_format::walk::Walk;
 use xsr_format::wrapper::libxl::LibxlRecordKind;
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_save_restore::storage::StorageCursor;
 
 use crate::args::images::{ConvertArgs, ConvertTo, LayoutArg, LegacyGuestArg, WidthArg};
 use crate::exit::{BadImage, BadUsage, Code};
@@ -191,8 +191,7 @@ fn convert(
     config: Option<&XlHeader>,
     sink: &mut Sink<'_>,
 ) -> Result<Done> {
-    let seekable = input.length.is_some();
-    let prefix = feed::peek(&input.file, seekable)?;
+    let prefix = feed::peek(&input.image)?;
     // A plain legacy stream, or one with an xl header, needs no thread and no pipe.
     let (header, legacy) = match detect(&prefix) {
         Detected::Xl if peel::is_wrapped(&prefix) => {
@@ -201,7 +200,7 @@ fn convert(
                 offset: 0,
             };
             match args.layout {
-                LayoutArg::Stream => (Some(XlHeader::read(&input.file, options)?), true),
+                LayoutArg::Stream => (Some(XlHeader::read(&input.image, options)?), true),
                 LayoutArg::Mapped => (None, true),
             }
         }
@@ -306,13 +305,13 @@ fn modern<'i, W: ImageSink>(
     input: &'i Input,
     config: Option<&XlHeader>,
     sink: &mut W,
-    copy: CopyBytes<&'i File, W>,
+    copy: CopyBytes<&'i StorageCursor, W>,
 ) -> Result<Done> {
     let options = ReadOptions {
         lenient: args.lenient,
         offset: 0,
     };
-    let mut walk = Walk::open(&input.file, options)?;
+    let mut walk = Walk::open(&input.image, options)?;
     let own = match walk.detected() {
         Detected::Xl => Layer::Xl,
         Detected::Libxl => Layer::Libxl,
@@ -323,11 +322,6 @@ fn modern<'i, W: ImageSink>(
     let config = match (config, to, own) {
         (None, Layer::Xl, Layer::Libxc | Layer::Libxl) => {
             made = made_up_config(args, input)?;
-            if input.length.is_some() {
-                let mut file = &input.file;
-                file.rewind()?;
-                walk = Walk::open(&input.file, options)?;
-            }
             Some(&made)
         }
         (config, ..) => config,
@@ -416,14 +410,14 @@ fn convert_legacy(
     };
     let mut spool: Option<Box<dyn Spool>> = None;
     if input.length.is_some() {
-        options.offset = input.file.stream_position()?;
+        options.offset = input.image.position();
         // Cheap, because page contents are skipped: finds out which checkpoints are complete.
-        let found = survey(&input.file, options)?;
+        let found = survey(&input.image, options)?;
         if let Some(why) = &found.incomplete {
             tracing::warn!("the checkpoint after the last complete one is cut off: {why}");
         }
         options.checkpoints = Checkpoints::UpTo(found.complete);
-        input.file.seek(SeekFrom::Start(options.offset))?;
+        input.image.seek(SeekFrom::Start(options.offset))?;
     } else {
         let file = tempfile::tempfile().context("making a temporary file for checkpoints")?;
         spool = Some(Box::new(file));
@@ -446,7 +440,7 @@ fn convert_legacy(
         },
         Layer::Libxl | Layer::Xl => Target::Libxl,
     };
-    let reader = LegacyReader::new(&input.file, options)?;
+    let reader = LegacyReader::new(&input.image, options)?;
     let mut converted = Converted::new(reader, target, spool)?;
     pour(&mut converted, sink)?;
     peel::warn_of(converted.summary());
@@ -460,7 +454,7 @@ fn convert_legacy(
 }
 
 /// Copy the whole conversion to the sink.
-fn pour(converted: &mut Converted<&File>, sink: &mut Sink<'_>) -> Result<()> {
+fn pour(converted: &mut Converted<&StorageCursor>, sink: &mut Sink<'_>) -> Result<()> {
     loop {
         match converted.next_part()? {
             None => break,
@@ -483,7 +477,11 @@ fn pour(converted: &mut Converted<&File>, sink: &mut Sink<'_>) -> Result<()> {
 }
 
 /// Copy from file to file, in the kernel where possible.
-fn copy_bytes(source: &mut &File, bytes: u64, sink: &mut Sink<'_>) -> Result<u64, CopyError> {
+fn copy_bytes(
+    source: &mut &StorageCursor,
+    bytes: u64,
+    sink: &mut Sink<'_>,
+) -> Result<u64, CopyError> {
     let copied = sink.copy(source, bytes);
     copied.map_err(|error| match sink.has_failed() {
         true => CopyError::Write(error),

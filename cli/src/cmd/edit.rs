@@ -114,7 +114,7 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
     };
     let additions = additions(args)?;
     let wants_header = changes_configuration(args);
-    let (source, heard) = Heard::new(&input.file);
+    let (source, heard) = Heard::new(&input.image);
     let mut walk = Walk::open(source, options)?;
     if wants_header && walk.detected() != Detected::Xl {
         let why = "the image has no xl header, in which name, UUID and configuration are: \
@@ -161,7 +161,7 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
         if let Content::PageData(mut body) = step.content {
             let pages = body.pages_left();
             body.with_source(pages, |source, bytes| {
-                let copied = sink.copy(source.file(), bytes)?;
+                let copied = sink.copy(source.image(), bytes)?;
                 match copied == bytes {
                     true => Ok(()),
                     false => Err(EndedAfter(copied).into()),

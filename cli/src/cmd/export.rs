@@ -6,10 +6,8 @@
 //! Only the map of the pages is kept in memory.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write};
 use std::mem;
-use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::time::Instant;
 
@@ -25,6 +23,7 @@ use xsr_format::guest_image::GuestImage;
 use xsr_format::image::GuestType;
 use xsr_format::record::pv::PvInfo;
 use xsr_format::walk::Content;
+use xsr_save_restore::storage::StorageCursor;
 
 use crate::args::images::{ExportArgs, ExportFormat};
 use crate::exit::{BadImage, BadUsage, Code};
@@ -86,9 +85,9 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     let started = Instant::now();
     let (written, _) = output.fill(|sink| {
         match args.format {
-            ExportFormat::Elf => contents.elf(&input.file, sink),
-            ExportFormat::Gdb => contents.gdb(&input.file, sink, args.vcpu.unwrap_or(0)),
-            ExportFormat::Raw => contents.raw(&input.file, sink, !args.no_sparse),
+            ExportFormat::Elf => contents.elf(&input.image, sink),
+            ExportFormat::Gdb => contents.gdb(&input.image, sink, args.vcpu.unwrap_or(0)),
+            ExportFormat::Raw => contents.raw(&input.image, sink, !args.no_sparse),
         }
         .with_context(|| format!("exporting {}", input.name))
     })?;
@@ -191,7 +190,7 @@ impl Contents {
     }
 
     /// Write an ELF core. Returns the number of bytes written.
-    fn elf(&mut self, image: &File, out: &mut Sink<'_>) -> Result<u64> {
+    fn elf(&mut self, image: &StorageCursor, out: &mut Sink<'_>) -> Result<u64> {
         let mut core = mem::take(&mut self.core);
         core.pages = self.pages();
         core.vcpus = match core.hvm {
@@ -217,7 +216,7 @@ impl Contents {
     }
 
     /// Write a core for gdb. Returns the number of bytes written.
-    fn gdb(&mut self, image: &File, out: &mut Sink<'_>, view: u32) -> Result<u64> {
+    fn gdb(&mut self, image: &StorageCursor, out: &mut Sink<'_>, view: u32) -> Result<u64> {
         let vcpus: Vec<Vcpu> = match self.core.hvm {
             true => mem::take(&mut self.hvm_vcpus),
             false if self.core.bits_32 => bail!(
@@ -241,7 +240,7 @@ impl Contents {
     }
 
     /// Write physical memory: each page at its own address.
-    fn raw(&self, image: &File, out: &mut Sink<'_>, sparse: bool) -> Result<u64> {
+    fn raw(&self, image: &StorageCursor, out: &mut Sink<'_>, sparse: bool) -> Result<u64> {
         let sparse = sparse && out.takes_holes();
         // Pages without contents after the last one with contents are part of the guest's memory.
         // The format has no pfn beyond 2^40, so no address overflows.
@@ -301,7 +300,7 @@ fn paging_of_hvm(cpu: &[u8]) -> Paging {
 }
 
 /// Copy a part of the image.
-fn copy(mut image: &File, offset: u64, bytes: u64, out: &mut Sink<'_>) -> Result<()> {
+fn copy(mut image: &StorageCursor, offset: u64, bytes: u64, out: &mut Sink<'_>) -> Result<()> {
     image.seek(SeekFrom::Start(offset))?;
     let copied = out.copy(image, bytes)?;
     match copied == bytes {
@@ -320,7 +319,7 @@ fn gap(out: &mut Sink<'_>, bytes: u64, sparse: bool) -> Result<()> {
 }
 
 /// Copy a run, with holes in place of zero pages.
-fn without_zeros(image: &File, run: Run, out: &mut Sink<'_>) -> Result<()> {
+fn without_zeros(image: &StorageCursor, run: Run, out: &mut Sink<'_>) -> Result<()> {
     let mut room = vec![0; usize::try_from(STEP * PAGE)?];
     let mut first = run.first;
     while first <= run.last {

@@ -6,8 +6,6 @@ mod page;
 mod print;
 mod report;
 
-use std::os::unix::fs::FileExt as _;
-
 use anyhow::{Context as _, Result};
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::fields::hvm::{HvmContext, param_name};
@@ -361,7 +359,7 @@ impl Inspection {
             return Ok(());
         };
         let mut page = [0; PAGE_SIZE];
-        (input.file.read_exact_at(&mut page, offset))
+        (input.image.read_exact_at(&mut page, offset))
             .with_context(|| format!("{}: start_info, pfn {pfn}", input.name))?;
         let named = named::of_start_info(&page, self.info);
         self.report.fields.push(named);

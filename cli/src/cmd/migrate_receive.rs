@@ -248,7 +248,7 @@ impl Coming<'_, '_> {
         let idle = self.receiver.answer();
         let (converted, known) = of_old_sender(connection, from, name, cancel.clone(), idle)?;
         let source = match &converted {
-            Some(converted) => ImageSource::new(&converted.file, cancel)?,
+            Some(converted) => ImageSource::new(&converted.image, cancel)?,
             None => ImageSource::over(from).behind(known),
         };
         let made = Image::open_migration(source)

@@ -240,7 +240,7 @@ impl<'a> Image<'a> {
         cancel: Cancel,
     ) -> Result<Self> {
         let options = ReadOptions { lenient, offset: 0 };
-        let source = ImageSource::new(&input.file, cancel)?;
+        let source = ImageSource::new(&input.image, cancel)?;
         let walk = Walk::open(source, options)?;
         let (reader, around) = walk.into_libxc()?;
         let plan = Plan::of(
@@ -248,7 +248,6 @@ impl<'a> Image<'a> {
             around.xl(),
             overrides,
             lenient,
-            reader.offset(),
             reader.domain().guest_type,
         )?;
         plan.check(reader.image(), reader.domain())?;
@@ -278,7 +277,6 @@ impl<'a> Image<'a> {
             Some(header),
             &Overrides::default(),
             false,
-            reader.offset(),
             reader.domain().guest_type,
         )?;
         plan.check(reader.image(), reader.domain())?;

@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::exit::{self, BadImage, Code};
 use crate::file::Input;
 use crate::image::{At, FileStep, Reading};
-use crate::mapped::{self, Compared, Positioned};
+use crate::mapped::{self, Compared, own_position};
 use crate::origin;
 use crate::page_map::{PageMap, runs_of};
 use crate::stdout::Results;
@@ -200,7 +200,7 @@ fn deep(input: &Input, index: Option<&Mapped>, verdict: &mut Verdict) -> Result<
         return Ok(());
     };
     let mut count = 0_u64;
-    check(index, &mut Positioned::new(&input.file), |damage| {
+    check(index, &mut own_position(&input.image)?, |damage| {
         count += 1;
         if verdict.damage.len() < MOST_DAMAGES {
             verdict.damage.push(damage.to_string());

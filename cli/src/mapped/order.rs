@@ -1,9 +1,7 @@
 //! The pages of a mapped image in the order of a still save, if the image has them in another
 //! order.
 
-use std::fs::File;
 use std::io::{self, Read as _, Write};
-use std::os::unix::fs::FileExt as _;
 
 use xsr_format::error::WriteError;
 use xsr_format::frame::{PAGE_SIZE, PageEntry};
@@ -11,14 +9,15 @@ use xsr_format::layout::{LayoutError, Mapped};
 use xsr_format::record::MAX_BATCH;
 use xsr_format::transcode::{CopyError, ImageSink};
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_save_restore::storage::StorageCursor;
 
-use super::Positioned;
+use super::own_position;
 use crate::file::Input;
 
 /// The pages, and the offset of each in the file.
 #[derive(Debug)]
 pub(crate) struct InOrder<'f> {
-    file: &'f File,
+    image: &'f StorageCursor,
     /// Ascending by pfn.
     words: Vec<(PageEntry, u64)>,
     written: bool,
@@ -34,9 +33,9 @@ impl<'f> InOrder<'f> {
         if !index.footer().moved {
             return Ok(None);
         }
-        let words = index.in_order(&mut Positioned::new(&input.file))?;
+        let words = index.in_order(&mut own_position(&input.image)?)?;
         Ok(Some(Self {
-            file: &input.file,
+            image: &input.image,
             words,
             written: false,
         }))
@@ -66,7 +65,7 @@ impl<'f> InOrder<'f> {
             let places: Vec<u64> = places.map(|(_, at)| *at).collect();
             for run in places.chunk_by(|a, b| a + PAGE_SIZE as u64 == *b) {
                 room.resize(run.len() * PAGE_SIZE, 0);
-                let read = self.file.read_exact_at(&mut room, run[0]);
+                let read = self.image.read_exact_at(&mut room, run[0]);
                 read.map_err(CopyError::Read)?;
                 data(sink, &room)?;
             }
@@ -121,7 +120,7 @@ impl<W: ImageSink> ImageSink for Reordered<'_, W> {
 
 /// Skips the pages of a record, which [`Reordered`] reads elsewhere.
 pub(crate) fn pass_over<W>(
-    source: &mut &File,
+    source: &mut &StorageCursor,
     bytes: u64,
     _: &mut Reordered<'_, W>,
 ) -> Result<u64, CopyError> {

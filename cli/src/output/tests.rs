@@ -4,7 +4,10 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 
 use std::fs::OpenOptions;
 
+use std::os::fd::BorrowedFd;
+
 use xsr_save_restore::storage::file::check_readable;
+use xsr_save_restore::storage::{self, StorageReader};
 
 use super::*;
 
@@ -136,6 +139,40 @@ fn a_failure_leaves_what_there_was_and_says_so() {
     assert_eq!(fs::read(&path).unwrap(), b"old");
 }
 
+/// A file as an image.
+fn cursor(file: File) -> StorageCursor {
+    StorageCursor::new(storage::file::opened(file, "image").unwrap()).unwrap()
+}
+
+/// An image of 10 bytes, none of which can be read.
+#[derive(Debug)]
+struct Unreadable;
+
+impl StorageReader for Unreadable {
+    fn name(&self) -> String {
+        "image".to_owned()
+    }
+
+    fn length(&self) -> u64 {
+        10
+    }
+
+    fn read_at(&self, _: &mut [u8], _: u64) -> Result<usize, StorageError> {
+        Err(StorageError::Refused {
+            name: self.name(),
+            why: "cannot be read".to_owned(),
+        })
+    }
+
+    fn data_from(&self, offset: u64) -> Result<Option<std::ops::Range<u64>>, StorageError> {
+        Ok(Some(offset..10))
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
 #[test]
 fn a_writing_error_names_the_output_whatever_it_was_taken_for() {
     let output = Output::open(&plan(Path::new("/dev/full"), &[])).unwrap();
@@ -150,15 +187,15 @@ fn a_writing_error_names_the_output_whatever_it_was_taken_for() {
          incomplete"
     );
     // An input that ends early is not the output's fault.
-    let source = tempfile::tempfile().unwrap();
+    let source = cursor(tempfile::tempfile().unwrap());
     let output = Output::open(&plan(Path::new("/dev/null"), &[])).unwrap();
     let (copied, _) = output.fill(|sink| Ok(sink.copy(&source, 10)?)).unwrap();
     assert_eq!(copied, 0);
     // Nor is one that cannot be read.
-    let directory = File::open("/").unwrap();
+    let unreadable = StorageCursor::over(Arc::new(Unreadable));
     let output = Output::open(&plan(Path::new("/dev/null"), &[])).unwrap();
     let error = output
-        .fill(|sink| Ok(sink.copy(&directory, 10)?))
+        .fill(|sink| Ok(sink.copy(&unreadable, 10)?))
         .unwrap_err();
     assert!(
         !crate::exit::words(error.chain()).contains("writing"),
@@ -214,6 +251,7 @@ fn a_file_opened_for_appending_is_appended_to() {
     let mut source = tempfile::tempfile().unwrap();
     source.write_all(b"image").unwrap();
     source.rewind().unwrap();
+    let source = cursor(source);
     let name = format!("/dev/fd/{}", handed_on(&log));
     let output = Output::open(&plan(Path::new(&name), &[])).unwrap();
     output

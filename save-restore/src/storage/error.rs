@@ -102,6 +102,24 @@ impl StorageError {
     }
 }
 
+/// The system's error, if there is one; otherwise an error of the matching kind.
+impl From<StorageError> for io::Error {
+    fn from(error: StorageError) -> Self {
+        let kind = match error {
+            StorageError::Io { source, .. } | StorageError::NotDurable { source, .. } => {
+                return source;
+            }
+            StorageError::NotFound { .. } => io::ErrorKind::NotFound,
+            StorageError::Exists { .. } => io::ErrorKind::AlreadyExists,
+            StorageError::BadName { .. } => io::ErrorKind::InvalidInput,
+            StorageError::Refused { .. } => io::ErrorKind::PermissionDenied,
+            StorageError::Unsupported { .. } => io::ErrorKind::Unsupported,
+            StorageError::Truncated { .. } => io::ErrorKind::UnexpectedEof,
+        };
+        Self::new(kind, error)
+    }
+}
+
 /// A name or path as text that a terminal can show.
 pub(super) fn shown(name: impl AsRef<OsStr>) -> String {
     crate::text::shown(&name.as_ref().to_string_lossy())

@@ -20,7 +20,7 @@ mod tests;
 mod writer;
 
 use std::fs::{self, File, Metadata, OpenOptions};
-use std::io;
+use std::io::{self, Seek as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -384,23 +384,7 @@ impl Storage for FileStorage {
     }
 
     fn open(&self, name: &StorageName) -> Result<Opened, StorageError> {
-        let path = self.path(name);
-        let name = shown(&path);
-        let file = File::open(&path).map_err(|error| match not_found(&error) {
-            true => StorageError::NotFound { name: name.clone() },
-            false => StorageError::io("opening", &name)(error),
-        })?;
-        let found = file.metadata();
-        let found = found.map_err(StorageError::io("looking at", &name))?;
-        let kind = found.file_type();
-        if kind.is_dir() {
-            let error = io::Error::from(io::ErrorKind::IsADirectory);
-            return Err(StorageError::io("reading", name)(error));
-        }
-        match kind.is_file() || kind.is_block_device() {
-            true => Ok(Opened::Random(Box::new(FileReader::new(file, name)?))),
-            false => Ok(Opened::Once(Box::new(OnceReader::new(file, name)?))),
-        }
+        open(&self.path(name))
     }
 
     fn list(&self) -> Result<Vec<StorageEntry>, StorageError> {
@@ -449,6 +433,45 @@ impl Storage for FileStorage {
             .map_err(StorageError::io("removing", &name))?;
         sync_directory(&self.directory, &*self.steps)
             .map_err(|source| StorageError::NotDurable { name, source })
+    }
+}
+
+/// Opens the image at a path, which may also be a pipe, a device, or an inherited descriptor
+/// (`/dev/stdin`).
+///
+/// # Errors
+///
+/// As [`Storage::open`]; [`StorageError::Unsupported`] for a directory, and for a descriptor that
+/// this process did not inherit.
+pub fn open(path: &Path) -> Result<Opened, StorageError> {
+    path::check_readable(path)?;
+    let name = shown(path);
+    let file = File::open(path).map_err(|error| match not_found(&error) {
+        true => StorageError::NotFound { name: name.clone() },
+        false => StorageError::io("opening", &name)(error),
+    })?;
+    opened(file, name)
+}
+
+/// An open file, pipe or device as an image, from its current position on. It can be read at any
+/// place only if that is its start.
+///
+/// # Errors
+///
+/// [`StorageError::Unsupported`] for a directory; [`StorageError::Io`].
+pub fn opened(mut file: File, name: impl Into<String>) -> Result<Opened, StorageError> {
+    let name = name.into();
+    let found = file.metadata();
+    let found = found.map_err(StorageError::io("looking at", &name))?;
+    let kind = found.file_type();
+    if kind.is_dir() {
+        let what = "is a directory, not an image";
+        return Err(StorageError::Unsupported { name, what });
+    }
+    let has_places = kind.is_file() || kind.is_block_device();
+    match has_places && file.stream_position().is_ok_and(|at| at == 0) {
+        true => Ok(Opened::Random(Box::new(FileReader::new(file, name)?))),
+        false => Ok(Opened::Once(Box::new(OnceReader::new(file, name)?))),
     }
 }
 

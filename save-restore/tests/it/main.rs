@@ -20,5 +20,6 @@ mod pipeline;
 mod real_images;
 mod round_trip;
 mod schedules;
+mod stored;
 mod superpages;
 mod survivor;

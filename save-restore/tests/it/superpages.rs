@@ -11,8 +11,11 @@ use crate::common::*;
 use xsr_format::frame::{Gfn, PageEntry, PageType, Pfn};
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::write::page_data_head;
+use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
-use xsr_save_restore::source::{FdSource, PageSource};
+use xsr_save_restore::source::{FdSource, PageSource, StoredSource};
+use xsr_save_restore::storage::testing::FakeStorage;
+use xsr_save_restore::storage::{Create, Durability, Storage as _, StorageCursor};
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{RestoreRequest, Rings};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
@@ -171,6 +174,20 @@ fn whole_gigabytes_of_a_file_become_superpages() {
         (stats.small_pages, stats.released),
         (plain.small_pages + 512, 1)
     );
+}
+
+#[test]
+fn an_image_without_a_descriptor_shows_its_gigabytes() {
+    let stream = two_gibs(&small_guest());
+    let storage = FakeStorage::new();
+    let name = "web.save".parse().unwrap();
+    let mut writer = storage.create(&name, &Create::stream()).unwrap();
+    writer.write_all(&stream).unwrap();
+    writer.commit(Durability::Process).unwrap();
+    let cursor = StorageCursor::new(storage.open(&name).unwrap()).unwrap();
+    let source = StoredSource::new(&cursor, Cancel::default()).unwrap();
+    let stats = restored(&host(104), &stream, source, None);
+    assert_eq!((stats.superpages_1gib, stats.superpages_2mib), (2, 0));
 }
 
 #[test]

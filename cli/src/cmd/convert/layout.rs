@@ -1,6 +1,5 @@
 //! Output layouts of `xsr convert`: stream and mapped.
 
-use std::fs::File;
 use std::io::{self, Read as _, Write};
 
 use xsr_format::error::WriteError;
@@ -9,6 +8,7 @@ use xsr_format::layout::SparseWrite;
 use xsr_format::layout::index::Footer;
 use xsr_format::transcode::{CopyError, ImageSink};
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_save_restore::storage::StorageCursor;
 
 use crate::output::Sink;
 
@@ -105,7 +105,7 @@ impl SparseWrite for Slots<'_, '_> {
 
 /// From file to file, in the kernel where possible.
 pub(super) fn copy_to_stream(
-    source: &mut &File,
+    source: &mut &StorageCursor,
     bytes: u64,
     to: &mut Stream<'_, '_>,
 ) -> Result<u64, CopyError> {
@@ -114,7 +114,7 @@ pub(super) fn copy_to_stream(
 
 /// From a file to a writer that inspects the bytes.
 pub(super) fn copy_through<W: ImageSink>(
-    source: &mut &File,
+    source: &mut &StorageCursor,
     bytes: u64,
     to: &mut W,
 ) -> Result<u64, CopyError> {

@@ -17,6 +17,7 @@ use xsr_format::legacy::{Checkpoints, Converted, LegacyOptions, LegacyReader, Ta
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::xl::XlHeader;
 use xsr_save_restore::storage::file::Inherited;
+use xsr_save_restore::storage::{StorageCursor, file};
 
 use super::pour;
 use crate::args::images::{ScriptArgs, ScriptFormat};
@@ -49,7 +50,7 @@ pub(crate) fn main() -> ExitCode {
 }
 
 fn run(args: &ScriptArgs) -> Result<()> {
-    let input = open(&args.input, OpenOptions::new().read(true)).context("the input")?;
+    let input = open(&args.input).context("the input")?;
     let output = match args.output.parse::<u32>() {
         Ok(number) => {
             let file = inherited(number, OpenOptions::new().write(true));
@@ -68,10 +69,10 @@ fn run(args: &ScriptArgs) -> Result<()> {
     Ok(())
 }
 
-fn convert(args: &ScriptArgs, mut input: &File, sink: &mut Sink<'_>) -> Result<()> {
+fn convert(args: &ScriptArgs, input: &StorageCursor, sink: &mut Sink<'_>) -> Result<()> {
     let mut offset = 0;
     if args.xl {
-        let header = XlHeader::read(&mut input, ReadOptions::default())?;
+        let header = XlHeader::read(&mut &*input, ReadOptions::default())?;
         offset = header.bytes();
         let header = match args.format {
             ScriptFormat::Libxc => header,
@@ -100,13 +101,17 @@ fn convert(args: &ScriptArgs, mut input: &File, sink: &mut Sink<'_>) -> Result<(
     Ok(())
 }
 
-/// Opens an argument: a number is an inherited descriptor, as for the script; anything else is a
-/// file.
-fn open(name: &str, options: &OpenOptions) -> Result<File> {
-    match name.parse::<u32>() {
-        Ok(number) => inherited(number, options).with_context(|| format!("descriptor {number}")),
-        Err(_) => options.open(name).with_context(|| name.to_owned()),
-    }
+/// Opens an input: a number is an inherited descriptor, as for the script; anything else is a file.
+fn open(name: &str) -> Result<StorageCursor> {
+    let opened = match name.parse::<u32>() {
+        Ok(number) => {
+            let own = format!("descriptor {number}");
+            let file = inherited(number, OpenOptions::new().read(true));
+            file::opened(file.with_context(|| own.clone())?, own)?
+        }
+        Err(_) => file::open(Path::new(name))?,
+    };
+    Ok(StorageCursor::new(opened)?)
 }
 
 /// The file or pipe of a descriptor. `/proc` opens the same pipe. It opens a file anew, so the file

@@ -152,7 +152,7 @@ impl Image {
     pub(crate) fn pages(&self) -> Pages<'_> {
         Pages {
             map: &self.map,
-            file: &self.input.file,
+            image: &self.input.image,
         }
     }
 
@@ -163,13 +163,13 @@ impl Image {
 
     /// The contents of a page, if the image has any.
     pub(crate) fn page(&self, pfn: Pfn) -> Result<Option<Box<Page>>> {
-        use std::os::unix::fs::FileExt as _;
         let Some((_, Some(offset))) = self.map.get(pfn) else {
             return Ok(None);
         };
         let mut page = Box::new([0; PAGE_SIZE]);
-        let file = &self.input.file;
-        file.read_exact_at(page.as_mut_slice(), offset)
+        let image = &self.input.image;
+        image
+            .read_exact_at(page.as_mut_slice(), offset)
             .with_context(|| format!("{}: pfn {pfn}", self.input.name))?;
         Ok(Some(page))
     }

@@ -1,12 +1,11 @@
 //! Compares the pages of two images: which pfns they mention, their types and their contents.
 //! Neither image is held in memory: pages are read at the offsets in the two maps.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
 use xsr_format::frame::{PAGE_SIZE, PageType};
+use xsr_save_restore::storage::StorageCursor;
 
 use crate::page_map::{PageMap, Run};
 
@@ -53,7 +52,7 @@ pub(crate) enum PageDiff {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pages<'a> {
     pub(crate) map: &'a PageMap,
-    pub(crate) file: &'a File,
+    pub(crate) image: &'a StorageCursor,
 }
 
 /// A range of pfns over which neither map changes.
@@ -145,7 +144,7 @@ pub(crate) fn compare(
         if let (Some(at_a), Some(at_b)) = (run_a.offset_of(first), run_b.offset_of(first)) {
             let pages = last - first + 1;
             compared += pages;
-            contents.compare((a.file, at_a), (b.file, at_b), pages, progress, |page| {
+            contents.compare((a.image, at_a), (b.image, at_b), pages, progress, |page| {
                 joined.contents(first + page);
             })?;
         }
@@ -235,8 +234,8 @@ impl Contents {
     /// Call `differs` with the number, from 0, of each page that differs.
     fn compare(
         &mut self,
-        a: (&File, u64),
-        b: (&File, u64),
+        a: (&StorageCursor, u64),
+        b: (&StorageCursor, u64),
         pages: u64,
         progress: &mut dyn FnMut(u64),
         mut differs: impl FnMut(u64),
@@ -268,7 +267,7 @@ impl Contents {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
+    use std::io::{Seek as _, Write as _};
 
     use super::*;
 
@@ -278,7 +277,7 @@ mod tests {
 
     /// A file with a page for each pfn of `list` that has data, filled with the given byte, and its
     /// map.
-    fn image(list: &[(u64, PageType, u8)]) -> (File, PageMap) {
+    fn image(list: &[(u64, PageType, u8)]) -> (StorageCursor, PageMap) {
         let mut file = tempfile::tempfile().expect("a temporary file");
         let mut map = PageMap::default();
         let mut offset = 0;
@@ -295,7 +294,9 @@ mod tests {
                 offset += PAGE_SIZE as u64;
             }
         }
-        (file, map)
+        file.rewind().expect("a file");
+        let opened = xsr_save_restore::storage::file::opened(file, "image").expect("a file");
+        (StorageCursor::new(opened).expect("a file"), map)
     }
 
     /// All differences.
@@ -311,11 +312,11 @@ mod tests {
         let ((file_a, map_a), (file_b, map_b)) = (image(a), image(b));
         let a = Pages {
             map: &map_a,
-            file: &file_a,
+            image: &file_a,
         };
         let b = Pages {
             map: &map_b,
-            file: &file_b,
+            image: &file_b,
         };
         let mut diffs = PageDiffs::default();
         let compared = compare(a, b, &mut |_| (), &mut |found| match found {

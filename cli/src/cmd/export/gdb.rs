@@ -9,11 +9,10 @@
 //! and `NT_FPREGSET` as Linux writes them for x86-64.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
 
 use anyhow::{Context as _, Result, bail};
 use xsr_format::frame::{PAGE_SIZE, Pfn};
+use xsr_save_restore::storage::StorageCursor;
 
 use crate::page_map::PageMap;
 
@@ -101,7 +100,12 @@ struct Held {
 ///
 /// There is no such vcpu; its top-level table is not in the image; there are more than a million
 /// pieces; the image cannot be read.
-pub(super) fn head(vcpus: &[Vcpu], view: u32, map: &PageMap, image: &File) -> Result<Vec<u8>> {
+pub(super) fn head(
+    vcpus: &[Vcpu],
+    view: u32,
+    map: &PageMap,
+    image: &StorageCursor,
+) -> Result<Vec<u8>> {
     let Some(vcpu) = vcpus.iter().find(|vcpu| vcpu.number == view) else {
         let numbers: Vec<String> = vcpus.iter().map(|v| v.number.to_string()).collect();
         bail!(
@@ -117,7 +121,7 @@ pub(super) fn head(vcpus: &[Vcpu], view: u32, map: &PageMap, image: &File) -> Re
 /// An address space being built.
 struct Space<'i> {
     map: &'i PageMap,
-    image: &'i File,
+    image: &'i StorageCursor,
     held: Vec<Held>,
     visits: HashMap<(u64, u32), u8>,
     pieces: Vec<Piece>,
@@ -159,7 +163,7 @@ impl Tables {
 }
 
 impl<'i> Space<'i> {
-    fn new(map: &'i PageMap, image: &'i File) -> Self {
+    fn new(map: &'i PageMap, image: &'i StorageCursor) -> Self {
         let mut held: Vec<Held> = Vec::new();
         let mut page = 0;
         for run in map.runs().filter(|run| run.page_type.has_data()) {
@@ -450,14 +454,14 @@ impl Words {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
+    use std::io::{Seek as _, Write as _};
 
     use super::*;
     use crate::page_map::Run;
     use xsr_format::frame::PageType;
 
     /// An image of pages 0 to 7 in order, and the tables written to them: (pfn, index, entry).
-    fn image(bytes: usize, entries: &[(u64, u64, u64)]) -> (File, PageMap) {
+    fn image(bytes: usize, entries: &[(u64, u64, u64)]) -> (StorageCursor, PageMap) {
         let mut memory = vec![0; 8 * PAGE_SIZE];
         for (pfn, index, entry) in entries {
             let at = usize::try_from(pfn * PAGE + index * bytes as u64).expect("small");
@@ -465,6 +469,9 @@ mod tests {
         }
         let mut file = tempfile::tempfile().expect("a scratch file");
         file.write_all(&memory).expect("room for it");
+        file.rewind().expect("a file");
+        let opened = xsr_save_restore::storage::file::opened(file, "image").expect("a file");
+        let image = StorageCursor::new(opened).expect("a file");
         let mut map = PageMap::default();
         map.insert(Run {
             first: 0,
@@ -473,7 +480,7 @@ mod tests {
             offset: 0,
         })
         .expect("few pages");
-        (file, map)
+        (image, map)
     }
 
     /// (address, pfn, pages) of each piece.

@@ -14,7 +14,7 @@ use crate::args::InspectArgs;
 use crate::exit::Code;
 use crate::file::Input;
 use crate::image::Reading;
-use crate::mapped::{Positioned, index_of};
+use crate::mapped::{index_of, own_position};
 use crate::stdout::Results;
 use crate::text::{hex, shown};
 
@@ -54,7 +54,7 @@ pub(super) fn run(args: &InspectArgs, pfn: u64) -> Result<Code> {
         true => None,
         false => index_of(&input, args.lenient)?,
     };
-    let mut source = Positioned::new(&input.file);
+    let mut source = own_position(&input.image)?;
     let found = match &index {
         Some(mapped) => by_index(mapped, &mut source, pfn)
             .map_err(|error| match error.is_bad_image() {

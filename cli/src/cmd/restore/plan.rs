@@ -8,7 +8,6 @@
 //!
 //! C implementation: `create_domain` in `tools/xl/xl_vmcontrol.c`.
 
-use std::io::{Seek, SeekFrom};
 use std::path::Path;
 
 use anyhow::{Context as _, Error, Result};
@@ -278,26 +277,24 @@ pub(crate) fn config_for(input: &Input, file: &Path, lenient: bool) -> Result<St
 }
 
 impl Plan {
-    /// The plan for an image whose header, if any, has been read. If the image is a file, its
-    /// position is `offset` before and after.
+    /// The plan for an image whose header, if any, has been read.
     pub(super) fn of(
         input: Option<&Input>,
         header: Option<&XlHeader>,
         overrides: &Overrides,
         lenient: bool,
-        offset: u64,
         guest_type: GuestType,
     ) -> Result<Self> {
         match &overrides.config {
             Some(Given::Json(json)) => return Self::from_json(json, overrides),
             Some(Given::Text(origin)) => {
-                return Self::made_up(input, Some(origin), overrides, lenient, offset, guest_type);
+                return Self::made_up(input, Some(origin), overrides, lenient, guest_type);
             }
             None => {}
         }
         let Some(header) = header else {
             let origin = input.and_then(Input::origin);
-            return Self::made_up(input, origin, overrides, lenient, offset, guest_type);
+            return Self::made_up(input, origin, overrides, lenient, guest_type);
         };
         if let Some(json) = header.json().map_err(|e| bad(&e.to_string()))? {
             return Self::from_json(json, overrides);
@@ -309,14 +306,7 @@ impl Plan {
         {
             tracing::warn!("the configuration in the xl header could not be understood: {why}");
         }
-        Self::made_up(
-            input,
-            origin.as_ref(),
-            overrides,
-            lenient,
-            offset,
-            guest_type,
-        )
+        Self::made_up(input, origin.as_ref(), overrides, lenient, guest_type)
     }
 
     /// The plan for a configuration of libxl.
@@ -361,19 +351,11 @@ impl Plan {
         origin: Option<&Origin>,
         overrides: &Overrides,
         lenient: bool,
-        offset: u64,
         guest_type: GuestType,
     ) -> Result<Self> {
-        let mut survey = input.filter(|input| input.is_repeatable()).map(|input| {
-            move || {
-                let found = survey::of(&input.again()?, lenient)?;
-                if input.length.is_some() {
-                    let mut file = &input.file;
-                    file.seek(SeekFrom::Start(offset))?;
-                }
-                Ok(found)
-            }
-        });
+        let mut survey = input
+            .filter(|input| input.is_repeatable())
+            .map(|input| move || survey::of(&input.again()?, lenient));
         let survey = survey
             .as_mut()
             .map(|survey| survey as &mut dyn FnMut() -> Result<Survey>);

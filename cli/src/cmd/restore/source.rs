@@ -1,6 +1,5 @@
 //! The input of a restore, with a count of the bytes read.
 
-use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,7 +10,8 @@ use xsr_format::detect::{Detected, detect};
 use xsr_format::frame::PAGE_SIZE;
 use xsr_save_restore::migrate::connection::{Connection, Received, Wait};
 use xsr_save_restore::progress::Cancel;
-use xsr_save_restore::source::{Extent, FdSource, LookAhead, PageSource};
+use xsr_save_restore::source::{Extent, LookAhead, PageSource, StoredSource};
+use xsr_save_restore::storage::StorageCursor;
 use xsr_xen_backend::ForeignPages;
 
 use crate::file::Input;
@@ -26,9 +26,9 @@ pub(crate) struct ImageSource<'a> {
 }
 
 impl<'a> ImageSource<'a> {
-    /// Read from the file's position on, until the user cancels.
-    pub(crate) fn new(file: &'a File, cancel: Cancel) -> io::Result<Self> {
-        Ok(Self::over(FdSource::cancellable(file, cancel)?))
+    /// Read from the image's position on, until the user cancels.
+    pub(crate) fn new(image: &'a StorageCursor, cancel: Cancel) -> io::Result<Self> {
+        Ok(Self::over(StoredSource::new(image, cancel)?))
     }
 
     /// Read from another source.

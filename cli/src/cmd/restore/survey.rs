@@ -1,11 +1,10 @@
 //! A survey of an image without configuration, in the kinds of domain that a host has.
 
-use std::fs::File;
-
 use anyhow::{Context as _, Error, Result};
 use xsr_format::read::ReadOptions;
 use xsr_format::survey::{DomainKind, Survey, SurveyError};
 use xsr_format::walk::Walk;
+use xsr_save_restore::storage::StorageCursor;
 use xsr_xen_backend::GuestKind;
 
 use super::bad;
@@ -15,7 +14,7 @@ use crate::file::Input;
 /// Surveys an image.
 pub(super) fn of(input: &Input, lenient: bool) -> Result<Survey> {
     let options = ReadOptions { lenient, offset: 0 };
-    survey(&input.file, input.length.is_some(), options)
+    survey(&input.image, options)
         .map_err(|error| match error {
             SurveyError::Read(error) => input.blame(error.into()),
             other => Error::new(BadImage(other.to_string())),
@@ -23,10 +22,10 @@ pub(super) fn of(input: &Input, lenient: bool) -> Result<Survey> {
         .with_context(|| input.name.clone())
 }
 
-fn survey(file: &File, seekable: bool, options: ReadOptions) -> Result<Survey, SurveyError> {
-    match seekable {
-        true => Survey::of_walk(Walk::open_seeking(file, options)?),
-        false => Survey::of(file, options),
+fn survey(image: &StorageCursor, options: ReadOptions) -> Result<Survey, SurveyError> {
+    match image.length() {
+        Some(_) => Survey::of_walk(Walk::open_seeking(image, options)?),
+        None => Survey::of(image, options),
     }
 }
 

@@ -39,6 +39,11 @@ impl FileReader {
         Ok(Self { file, name, length })
     }
 
+    /// The file, for a source that shares its position.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// `None` if there are no more holes, or no more data.
     fn seek(&self, to: SeekTo) -> Result<Option<u64>, Errno> {
         match rustix::fs::seek(&self.file, to) {
