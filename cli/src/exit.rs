@@ -14,7 +14,7 @@ use xsr_save_restore::migrate::BoxError;
 
 use crate::text::shown;
 
-pub(crate) use self::remedy::decompressor;
+pub(crate) use self::remedy::{decompressor, described};
 
 /// The exit code of the command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

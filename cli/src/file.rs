@@ -214,7 +214,7 @@ impl Input {
             && self.image.read_exact_at(&mut last, at).is_ok()
             && let Some(foreign) = peel::by_its_end(&last)
         {
-            let why = format!("not a saved Xen domain: it is {foreign}");
+            let why = format!("not a saved Xen domain: it is {}", exit::described(foreign));
             return anyhow::Error::new(BadImage(why));
         }
         let mut source: peel::Source = Box::new(self.image.clone());

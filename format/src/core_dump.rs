@@ -22,8 +22,8 @@ use std::io::{self, Write};
 use crate::frame::PAGE_SIZE;
 
 /// Bytes of the 64-bit ELF header, and of each section header.
-const ELF_HEADER: usize = 64;
-const SECTION_HEADER: usize = 64;
+const ELF_HEADER: u16 = 64;
+const SECTION_HEADER: u16 = 64;
 /// The pages begin at a multiple of this.
 const ALIGNMENT: u64 = PAGE_SIZE as u64;
 
@@ -79,16 +79,16 @@ impl CoreDump {
         let mut strings = Vec::new();
         let mut name_offsets = Vec::new();
         for name in names {
-            name_offsets.push(u32::try_from(strings.len()).unwrap_or(0));
+            name_offsets.push(u32::try_from(strings.len()).map_err(io::Error::other)?);
             strings.extend_from_slice(name.as_bytes());
             strings.push(0);
         }
         let notes = self.notes();
         let per_vcpu = self.vcpus.first().map_or(0, Vec::len) as u64;
         let mut offset = (names.len() as u64)
-            .saturating_mul(SECTION_HEADER as u64)
-            .saturating_add(ELF_HEADER as u64);
-        let mut out = self.elf_header(names.len());
+            .saturating_mul(SECTION_HEADER.into())
+            .saturating_add(ELF_HEADER.into());
+        let mut out = self.elf_header(u16::try_from(names.len()).map_err(io::Error::other)?);
         let mut place = |bytes: u64| {
             let at = offset;
             offset = offset.saturating_add(bytes);
@@ -176,8 +176,8 @@ impl CoreDump {
     fn list_end(&self) -> u64 {
         const SECTIONS: usize = 7;
         let strings = "\0.shstrtab\0.note.Xen\0.xen_prstatus\0.xen_shared_info\0.xen_pages\0".len();
-        let fixed = ELF_HEADER
-            .saturating_add(SECTIONS.saturating_mul(SECTION_HEADER))
+        let fixed = usize::from(ELF_HEADER)
+            .saturating_add(SECTIONS.saturating_mul(SECTION_HEADER.into()))
             .saturating_add(strings)
             .saturating_add(self.list_name().len())
             .saturating_add(1)
@@ -193,7 +193,7 @@ impl CoreDump {
         self.list_end().next_multiple_of(ALIGNMENT)
     }
 
-    fn elf_header(&self, sections: usize) -> Vec<u8> {
+    fn elf_header(&self, sections: u16) -> Vec<u8> {
         // 64-bit class, little endian, version 1, System V.
         let mut out = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
         let machine = match self.bits_32 && !self.hvm {
@@ -206,7 +206,7 @@ impl CoreDump {
         }
         out.extend_from_slice(&1_u32.to_le_bytes());
         // Entry, program headers (none), section headers; flags.
-        for word in [0, 0, ELF_HEADER as u64] {
+        for word in [0_u64, 0, ELF_HEADER.into()] {
             out.extend_from_slice(&word.to_le_bytes());
         }
         out.extend_from_slice(&0_u32.to_le_bytes());
@@ -214,38 +214,33 @@ impl CoreDump {
         // section that holds the names.
         let halves = [ELF_HEADER, 0, 0, SECTION_HEADER, sections, 1];
         for half in halves {
-            let half = u16::try_from(half).unwrap_or(0);
             out.extend_from_slice(&half.to_le_bytes());
         }
         out
     }
 
     fn notes(&self) -> Vec<u8> {
-        let mut version = Vec::new();
-        for word in [self.xen.0, self.xen.1] {
-            version.extend_from_slice(&u64::from(word).to_le_bytes());
-        }
+        let mut version = [0; VERSION_NOTE / 8];
         // The image does not say how that Xen was built.
-        version.resize(VERSION_NOTE.saturating_sub(8), 0);
-        version.extend_from_slice(&(PAGE_SIZE as u64).to_le_bytes());
+        let [major, minor, .., page_size] = &mut version;
+        (*major, *minor) = (self.xen.0.into(), self.xen.1.into());
+        *page_size = PAGE_SIZE as u64;
         let magic = match self.hvm {
             true => MAGIC_HVM,
             false => MAGIC_PV,
         };
-        let mut header = Vec::new();
-        for word in [magic, self.vcpus.len() as u64, self.pages, PAGE_SIZE as u64] {
-            header.extend_from_slice(&word.to_le_bytes());
-        }
+        let header = [magic, self.vcpus.len() as u64, self.pages, PAGE_SIZE as u64];
         // Major in the upper half, minor in the lower: 0.1.
-        let format = 1_u64.to_le_bytes();
+        let format = [1];
         let mut out = Vec::new();
         for (kind, note) in (NOTE_NONE..).zip([&[][..], &header, &version, &format]) {
             out.extend_from_slice(&4_u32.to_le_bytes());
-            let bytes = u32::try_from(note.len()).unwrap_or(0);
+            let bytes: u32 = note.iter().map(|_| 8).sum();
             out.extend_from_slice(&bytes.to_le_bytes());
             out.extend_from_slice(&kind.to_le_bytes());
             out.extend_from_slice(b"Xen\0");
-            out.extend_from_slice(note);
+            note.iter()
+                .for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
         }
         out
     }

@@ -23,7 +23,7 @@ use xsr_format::guest_image::{self, GuestImage};
 use xsr_format::image::GuestType;
 use xsr_format::read::{Incoming, RecordReader};
 use xsr_format::record::{Body, Record, RecordKind};
-use xsr_xen_backend::{Domain, GuestKind};
+use xsr_xen_backend::{Domain, GuestRole, HvmGuest};
 
 use crate::error::RestoreError;
 use crate::guest::hvm;
@@ -76,10 +76,9 @@ pub struct Restored {
 }
 
 /// What differs by guest type. What the stream says about the guest is in [`Run::image`].
-#[derive(Debug)]
-pub(crate) enum Guest {
-    Pv(Box<PvRestore>),
-    Hvm,
+pub(crate) enum Guest<'r> {
+    Pv(Box<PvRestore<'r>>),
+    Hvm(&'r dyn HvmGuest),
 }
 
 /// Runs `work` with `threads` threads, by default as many as the machine has.
@@ -143,10 +142,13 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
             return Err(RestoreError::ByteOrder { order });
         }
         let image = reader.domain().guest_type;
-        let guest = match (image, info.kind) {
-            (GuestType::X86_PV, GuestKind::Pv) => Guest::Pv(Box::new(PvRestore::new())),
-            (GuestType::X86_HVM, GuestKind::Hvm | GuestKind::Pvh) => Guest::Hvm,
-            (image, domain) => return Err(RestoreError::GuestType { image, domain }),
+        let guest = match (image, domain.guest_role()) {
+            (GuestType::X86_PV, GuestRole::Pv(guest)) => Guest::Pv(Box::new(PvRestore::new(guest))),
+            (GuestType::X86_HVM, GuestRole::Hvm(guest)) => Guest::Hvm(guest),
+            (image, _) => {
+                let domain = info.kind;
+                return Err(RestoreError::GuestType { image, domain });
+            }
         };
         let plan = ahead.map(|ahead| Plan::of(ahead, info.max_pages));
         Ok(Self {
@@ -236,7 +238,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
             }
             Body::PvInfo(info) => {
                 if let Guest::Pv(pv) = &mut self.pages.guest {
-                    pv.pv_info(self.domain, info)?;
+                    pv.pv_info(info)?;
                 }
             }
             Body::Vcpu(_) | Body::HvmContext(_) => {
@@ -291,7 +293,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         let mut ask = || go_on(progress.ask());
         match &self.pages.guest {
             Guest::Pv(pv) => pv.complete(&self.image, self.domain, &self.rings, &mut ask),
-            Guest::Hvm => hvm::complete(&self.image, self.domain, &self.rings),
+            Guest::Hvm(guest) => hvm::complete(&self.image, self.domain, *guest, &self.rings),
         }
     }
 }

@@ -21,7 +21,9 @@ use xsr_format::frame::{PAGE_SIZE, Pfn};
 use xsr_format::image::DomainHeader;
 use xsr_format::record::MAX_BATCH;
 use xsr_format::write::RecordWriter;
-use xsr_xen_backend::{DirtyBitmap, Domain, DomainInfo, GuestKind, ShutdownReason, XenVersion};
+use xsr_xen_backend::{
+    DirtyBitmap, Domain, DomainInfo, GuestKind, GuestRole, ShutdownReason, XenVersion,
+};
 
 use crate::error::{GuestError, SaveError};
 use crate::guest::hvm::HvmSave;
@@ -389,9 +391,11 @@ impl<'r> Run<'r, '_> {
     /// Maps a guest's tables. Does not change the guest.
     fn setup(&mut self) -> Result<Box<dyn GuestSave + 'r>, SaveError> {
         let (domain, progress) = (self.domain, &mut self.progress);
-        Ok(match self.kind.is_translated() {
-            true => Box::new(HvmSave::new(domain)?),
-            false => Box::new(PvSave::new(domain, &mut || go_on(progress.ask()))?),
+        Ok(match domain.guest_role() {
+            GuestRole::Hvm(guest) => Box::new(HvmSave::new(domain, guest)?),
+            GuestRole::Pv(guest) => {
+                Box::new(PvSave::new(domain, guest, &mut || go_on(progress.ask()))?)
+            }
         })
     }
 

@@ -21,7 +21,7 @@ fn gfns(domain: &dyn Domain, kind: GuestKind) -> Vec<Gfn> {
     if kind != GuestKind::Pv {
         return (4096..4096 + BATCH).map(Gfn).collect();
     }
-    let m2p = domain.m2p().unwrap();
+    let m2p = domain.pv().unwrap().m2p().unwrap();
     let mut frames: Vec<(u64, Gfn)> = (0..=m2p.max_mfn().0)
         .filter_map(|mfn| Some((m2p.pfn(Mfn(mfn))?.0, Gfn(mfn))))
         .filter(|(pfn, _)| (4096..4096 + BATCH).contains(pfn))

@@ -1,7 +1,8 @@
 //! The interface to a hypervisor: object-safe role traits whose methods document their guarantees,
 //! units and errno.
 //!
-//! A [`Host`] opens domains; a [`Domain`] plays every role. Frames are [`Gfn`]s throughout: the pfn
+//! A [`Host`] opens domains; a [`Domain`] plays every role, except that it is either a [`PvGuest`] or
+//! an [`HvmGuest`] ([`GuestRole`]). Frames are [`Gfn`]s throughout: the pfn
 //! of an HVM guest, the mfn of a PV guest. Only [`LogDirty`] reports [`Pfn`]s, for either kind.
 //!
 //! | trait | what it is for |
@@ -527,21 +528,22 @@ pub trait X86Platform: Send + Sync {
     fn seed_grants(&self, console: RingGrant, xenstore: RingGrant) -> Result<(), BackendError>;
 }
 
-/// Calls for PV guests only. On a translated guest every call fails with EINVAL, except those for
-/// the width, which fail with EOPNOTSUPP.
+/// What only a PV guest has. [`Domain::pv`] returns it.
 /// ```
 /// use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
-/// use xsr_xen_backend::{GuestKind, Host, PvGuest, VcpuBlob};
+/// use xsr_xen_backend::{GuestKind, Host, VcpuBlob};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let host = MockHost::ephemeral(&HostConfig::default())?;
 /// # let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Pv, 8))?;
 /// # let domain = host.domain(domid)?;
-/// assert_eq!(domain.guest_width()?, 8);
-/// let basic = domain.vcpu_state(0, VcpuBlob::Basic)?;
+/// let guest = domain.pv().expect("a PV guest");
+/// assert_eq!(guest.guest_width()?, 8);
+/// let basic = guest.vcpu_state(0, VcpuBlob::Basic)?;
 /// assert_eq!(basic.len(), 0x1430);
-/// let m2p = domain.m2p()?;
+/// let m2p = guest.m2p()?;
 /// assert!(m2p.pfn(m2p.max_mfn()).is_some());
+/// assert!(domain.hvm().is_none());
 /// # Ok(())
 /// # }
 /// ```
@@ -573,10 +575,10 @@ pub trait PvGuest: Send + Sync {
     fn pin_tables(&self, tables: &[(u8, Mfn)]) -> Result<(), BackendError>;
 }
 
-/// Calls for translated guests only. On a PV guest every call fails with EINVAL.
+/// What only a translated guest (HVM or PVH) has. [`Domain::hvm`] returns it.
 /// ```
 /// use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
-/// use xsr_xen_backend::{GuestKind, Host, HvmGuest};
+/// use xsr_xen_backend::{GuestKind, Host};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let host = MockHost::ephemeral(&HostConfig::default())?;
@@ -585,11 +587,13 @@ pub trait PvGuest: Send + Sync {
 /// /// `HVM_PARAM_STORE_PFN`, the frame of the xenstore ring.
 /// const STORE_PFN: u32 = 1;
 ///
-/// let ring = domain.hvm_param(STORE_PFN)?;
+/// let guest = domain.hvm().expect("a translated guest");
+/// let ring = guest.hvm_param(STORE_PFN)?;
 /// assert_ne!(ring, 0);
 /// // A context begins with its header: type 1, instance 0.
-/// let context = domain.hvm_context()?;
+/// let context = guest.hvm_context()?;
 /// assert_eq!(context[..4], [1, 0, 0, 0]);
+/// assert!(domain.pv().is_none());
 /// # Ok(())
 /// # }
 /// ```
@@ -608,6 +612,23 @@ pub trait HvmGuest: Send + Sync {
     /// Set one. EINVAL as above or for a value out of range; EEXIST for a parameter that may be set
     /// only once and has been set.
     fn set_hvm_param(&self, index: u32, value: u64) -> Result<(), BackendError>;
+}
+
+/// What a domain has that the other kind of guest does not.
+pub enum GuestRole<'d> {
+    /// A PV guest.
+    Pv(&'d dyn PvGuest),
+    /// A translated guest: HVM or PVH.
+    Hvm(&'d dyn HvmGuest),
+}
+
+impl fmt::Debug for GuestRole<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pv(_) => "Pv",
+            Self::Hvm(_) => "Hvm",
+        })
+    }
 }
 
 /// A handle on one domain, in every role.
@@ -630,9 +651,23 @@ pub trait HvmGuest: Send + Sync {
 /// # Ok(())
 /// # }
 /// ```
-pub trait Domain:
-    DomainControl + GuestMemory + LogDirty + X86Platform + PvGuest + HvmGuest
-{
-}
+pub trait Domain: DomainControl + GuestMemory + LogDirty + X86Platform {
+    /// What this kind of guest has. A domain's kind never changes.
+    fn guest_role(&self) -> GuestRole<'_>;
 
-impl<T: DomainControl + GuestMemory + LogDirty + X86Platform + PvGuest + HvmGuest> Domain for T {}
+    /// The calls for a PV guest; `None` for a translated one.
+    fn pv(&self) -> Option<&dyn PvGuest> {
+        match self.guest_role() {
+            GuestRole::Pv(guest) => Some(guest),
+            GuestRole::Hvm(_) => None,
+        }
+    }
+
+    /// The calls for a translated guest; `None` for a PV guest.
+    fn hvm(&self) -> Option<&dyn HvmGuest> {
+        match self.guest_role() {
+            GuestRole::Pv(_) => None,
+            GuestRole::Hvm(guest) => Some(guest),
+        }
+    }
+}

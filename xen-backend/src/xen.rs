@@ -36,7 +36,7 @@ use crate::privcmd::{CallBuffer, Hypercalls, Privcmd};
 use crate::sys::common as sys;
 use crate::xenstore::Xenstore;
 use crate::{
-    CpuPolicy, DomId, Domain, DomainInfo, GuestKind, Host, NewDomain, PhysInfo, XenVersion,
+    CpuPolicy, DomId, Domain, DomainInfo, GuestKind, GuestRole, Host, NewDomain, PhysInfo, XenVersion,
 };
 
 #[cfg(feature = "mock")]
@@ -164,18 +164,13 @@ impl XenDomain {
     fn fail(&self, op: &'static str, errno: Errno) -> BackendError {
         BackendError::domain(op, self.domid, errno)
     }
+}
 
-    fn translated(&self, op: &'static str) -> Result<(), BackendError> {
-        match self.kind.is_translated() {
-            true => Ok(()),
-            false => Err(self.fail(op, Errno::EINVAL)),
-        }
-    }
-
-    fn pv_or(&self, op: &'static str, otherwise: Errno) -> Result<(), BackendError> {
+impl Domain for XenDomain {
+    fn guest_role(&self) -> GuestRole<'_> {
         match self.kind {
-            GuestKind::Pv => Ok(()),
-            GuestKind::Hvm | GuestKind::Pvh => Err(self.fail(op, otherwise)),
+            GuestKind::Pv => GuestRole::Pv(self),
+            GuestKind::Hvm | GuestKind::Pvh => GuestRole::Hvm(self),
         }
     }
 }

@@ -110,7 +110,7 @@ fn the_published_p2m_and_the_m2p_agree() {
         let p2m = walk_p2m(&*domain, width);
         assert_eq!(p2m.len(), 4096);
         let none = u64::MAX >> (64 - width * 8);
-        let m2p = domain.m2p().unwrap();
+        let m2p = domain.pv().unwrap().m2p().unwrap();
         let mut holes = 0;
         for (pfn, mfn) in (0..).zip(&p2m) {
             if *mfn == none {
@@ -182,7 +182,7 @@ fn translated_guests_have_memory_where_libxl_puts_it() {
             };
             assert_eq!(page_type, expected, "{pfn:#x}");
         }
-        assert_eq!(domain.hvm_param(1).unwrap(), 0xf_effc);
+        assert_eq!(domain.hvm().unwrap().hvm_param(1).unwrap(), 0xf_effc);
         assert!(domain.vcpu_online(0).unwrap());
     }
 }
@@ -196,7 +196,7 @@ fn a_pv_guest_suspends_and_resumes_to_the_same_state() {
             8 => (8, 0x268, 0x38),
             _ => (4, 0x20c, 0x2c),
         };
-        let context = domain.vcpu_state(0, VcpuBlob::Basic).unwrap();
+        let context = domain.pv().unwrap().vcpu_state(0, VcpuBlob::Basic).unwrap();
         let start_info = word(&context, dx, width);
         let before = read(&*domain, start_info);
         domain.suspend().unwrap();
@@ -204,7 +204,7 @@ fn a_pv_guest_suspends_and_resumes_to_the_same_state() {
             domain.info().unwrap().shutdown,
             Some(ShutdownReason::Suspend)
         );
-        let first = domain.vcpu_state(0, VcpuBlob::Basic).unwrap();
+        let first = domain.pv().unwrap().vcpu_state(0, VcpuBlob::Basic).unwrap();
         let suspended = read(&*domain, start_info);
         assert_eq!(
             word(&suspended[..], store, width),
@@ -215,7 +215,10 @@ fn a_pv_guest_suspends_and_resumes_to_the_same_state() {
         assert_eq!(read(&*domain, start_info), before);
         domain.suspend().unwrap();
         assert_eq!(read(&*domain, start_info), suspended);
-        assert_eq!(domain.vcpu_state(0, VcpuBlob::Basic).unwrap(), first);
+        assert_eq!(
+            domain.pv().unwrap().vcpu_state(0, VcpuBlob::Basic).unwrap(),
+            first
+        );
     }
 }
 

@@ -32,7 +32,7 @@ fn contents(domain: &dyn Domain, gfns: &[Gfn]) -> Vec<[u64; 512]> {
 
 /// Frames of a PV guest, by pfn.
 fn pv_frames(domain: &dyn Domain) -> Vec<Gfn> {
-    let m2p = domain.m2p().unwrap();
+    let m2p = domain.pv().unwrap().m2p().unwrap();
     let mut frames: Vec<_> = (0..=m2p.max_mfn().0)
         .map(|mfn| (m2p.pfn(xsr_format::frame::Mfn(mfn)).unwrap().0, Gfn(mfn)))
         .filter(|(pfn, _)| *pfn != u64::MAX)
@@ -81,9 +81,14 @@ fn all_there_is_survives_a_reopen() {
         host.show(pv).unwrap(),
         host.show(hvm).unwrap(),
         contents(&*domain, &frames),
-        domain.vcpu_state(0, VcpuBlob::Basic).unwrap(),
+        domain.pv().unwrap().vcpu_state(0, VcpuBlob::Basic).unwrap(),
         domain.cpu_policy().unwrap(),
-        host.domain(hvm).unwrap().hvm_context().unwrap(),
+        host.domain(hvm)
+            .unwrap()
+            .hvm()
+            .unwrap()
+            .hvm_context()
+            .unwrap(),
         host.free_pages(),
     );
     drop((domain, host));
@@ -94,9 +99,14 @@ fn all_there_is_survives_a_reopen() {
         host.show(pv).unwrap(),
         host.show(hvm).unwrap(),
         contents(&*domain, &frames),
-        domain.vcpu_state(0, VcpuBlob::Basic).unwrap(),
+        domain.pv().unwrap().vcpu_state(0, VcpuBlob::Basic).unwrap(),
         domain.cpu_policy().unwrap(),
-        host.domain(hvm).unwrap().hvm_context().unwrap(),
+        host.domain(hvm)
+            .unwrap()
+            .hvm()
+            .unwrap()
+            .hvm_context()
+            .unwrap(),
         host.free_pages(),
     );
     assert!(before == after);
@@ -425,7 +435,7 @@ fn all_of(host: &MockHost, domid: DomId, frames: &[Gfn]) -> impl PartialEq + use
     (
         host.show(domid).unwrap(),
         contents(&*domain, frames),
-        domain.vcpu_state(0, VcpuBlob::Basic).unwrap(),
+        domain.pv().unwrap().vcpu_state(0, VcpuBlob::Basic).unwrap(),
         domain.cpu_policy().unwrap(),
         host.userdata_get(domid, "key").unwrap(),
         host.free_pages(),
@@ -477,7 +487,10 @@ fn a_change_that_cannot_be_kept_is_none() {
         assert_eq!(host.userdata_get(domid, "key").unwrap(), None);
         // The files are restored too.
         let context = fs::read(state.join("blobs/vcpu0-basic")).unwrap();
-        assert_eq!(context, domain.vcpu_state(0, VcpuBlob::Basic).unwrap());
+        assert_eq!(
+            context,
+            domain.pv().unwrap().vcpu_state(0, VcpuBlob::Basic).unwrap()
+        );
     }
 }
 

@@ -139,8 +139,7 @@ fn restore(
     domain: &dyn Domain,
 ) -> Result<()> {
     const DOM0: DomId = DomId(0);
-    let translated = domain.info()?.kind.is_translated();
-    platform.set_up(domain, translated)?;
+    platform.set_up(domain)?;
     let older = OlderGuest {
         featureset: platform.featureset()?,
         nested: platform.nested()?,
@@ -161,9 +160,7 @@ fn restore(
         .cpu(CpuCheck::Warn)
         .observe(&mut on_progress)
         .read_stream(reader, &mut toolstack)?;
-    if translated {
-        platform.write_generation_id(domain)?;
-    }
+    platform.write_generation_id(domain)?;
     tracing::info!("restored: {:?}", restored.stats);
     control
         .result(&Line::Restored {

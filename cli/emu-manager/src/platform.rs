@@ -100,7 +100,7 @@ impl<'b> Platform<'b> {
     /// # Errors
     ///
     /// xenstore cannot be read, or the domain does not exist.
-    pub(crate) fn set_up(&self, domain: &dyn Domain, translated: bool) -> Result<()> {
+    pub(crate) fn set_up(&self, domain: &dyn Domain) -> Result<()> {
         let xen = self.backend.xen();
         let vcpus = self.number::<u32>("vcpu/number")?.unwrap_or(0);
         let last = domain.info()?.max_vcpu_id;
@@ -110,7 +110,7 @@ impl<'b> Platform<'b> {
                 last + 1
             );
         }
-        if translated {
+        if let Some(guest) = domain.hvm() {
             let cores = self.number::<u32>("cores-per-socket")?.unwrap_or(0);
             if cores != 0 && vcpus % cores != 0 {
                 tracing::warn!(
@@ -121,7 +121,7 @@ impl<'b> Platform<'b> {
                 None | Some("") => true,
                 Some(_) => self.flag("hpet")?,
             };
-            if let Err(error) = domain.set_hvm_param(HPET_ENABLED, hpet.into()) {
+            if let Err(error) = guest.set_hvm_param(HPET_ENABLED, hpet.into()) {
                 // xenguest ignores this failure as well.
                 tracing::warn!(%error, "the HPET is as the domain was made");
             }
@@ -186,13 +186,17 @@ impl<'b> Platform<'b> {
         words.collect::<Result<_>>().map(Some)
     }
 
-    /// Writes the VM's generation id into the memory of a completely restored guest.
+    /// Writes the VM's generation id into the memory of a completely restored guest. A PV guest has
+    /// no place for it.
     ///
     /// # Errors
     ///
     /// The key is nonsense, or the guest has no memory at the address.
     pub(crate) fn write_generation_id(&self, domain: &dyn Domain) -> Result<()> {
-        let address = domain.hvm_param(GENERATION_ID_ADDRESS)?;
+        let Some(guest) = domain.hvm() else {
+            return Ok(());
+        };
+        let address = guest.hvm_param(GENERATION_ID_ADDRESS)?;
         let Some(text) = self.text("generation-id")?.filter(|_| address != 0) else {
             return Ok(());
         };

@@ -1,6 +1,8 @@
 //! What the user can do about an error of a library: an option of xsr, or another program. The
 //! libraries do not know either, so the advice is added where the error becomes text.
 
+mod foreign;
+
 use std::io;
 
 use xsr_format::detect::{Compression, Detected};
@@ -9,6 +11,8 @@ use xsr_format::transcode::TranscodeError;
 use xsr_save_restore::error::GuestError;
 use xsr_save_restore::{RestoreError, SaveError};
 use xsr_xen_backend::mock::MockError;
+
+pub(crate) use self::foreign::described;
 
 /// What follows the text of one error of a chain; empty if there is no advice.
 pub(super) fn remedy(cause: &(dyn std::error::Error + 'static)) -> String {
@@ -57,6 +61,10 @@ fn of_image(error: &ReadError) -> String {
         Detected::Compressed(compression) => {
             let command = decompressor(*compression);
             return format!(" (decompress it first: {command} FILE | …)");
+        }
+        Detected::Foreign(foreign) => {
+            let advice = foreign::advice(foreign.kind);
+            return advice.map_or_else(String::new, |advice| format!(": {advice}"));
         }
         _ => return String::new(),
     };
@@ -108,6 +116,11 @@ mod tests {
                 " (decompress it first: gzip -dc FILE | …)",
             ),
             (b"BZh9", " (decompress it first: bzip2 -dc FILE | …)"),
+            (
+                b"QFI\xfb",
+                ": it is a disk, not a saved domain; qemu-img shows and converts it",
+            ),
+            (b"%PDF-", ""),
             (
                 b"\x00\x80\x00\x00\x00\x00\x00\x00",
                 " (xsr convert, or Xen's convert-legacy-stream, makes today's of it)",

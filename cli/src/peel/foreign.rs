@@ -8,6 +8,7 @@ use xsr_format::detect::{Detected, detect, find};
 use xsr_format::error::{Place, Position, ReadError, ReadErrorCause};
 
 use super::{Source, bad, unwrapped};
+use crate::exit::described;
 
 /// The error for data that do not begin like an image: what they are instead, and whether an image
 /// begins further in. `inside` is the layer around them, and their offset in its contents.
@@ -32,7 +33,7 @@ pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Er
     let zeros = start.iter().take_while(|byte| **byte == 0).count();
     let ones = start.iter().take_while(|byte| **byte == 0xff).count();
     let what = match detected {
-        Detected::Foreign(foreign) => format!("it is {foreign}"),
+        Detected::Foreign(foreign) => format!("it is {}", described(foreign)),
         _ if zeros == start.len() && zeros < SEARCHED => format!(
             "it holds only zeros, {zeros} of them: its contents were lost (a power failure does \
              that), or never written"

@@ -229,7 +229,15 @@ fn a_domain_gets_what_its_configuration_says() {
     let info = only(&other);
     assert!(config.contains(&info.uuid.to_string()), "{}", info.uuid);
     let machine = MockHost::open(&other).unwrap();
-    assert_eq!(machine.domain(info.domid).unwrap().hvm_param(10), Ok(3));
+    assert_eq!(
+        machine
+            .domain(info.domid)
+            .unwrap()
+            .hvm()
+            .unwrap()
+            .hvm_param(10),
+        Ok(3)
+    );
     let settings = machine.settings(info.domid).unwrap();
     assert_eq!(settings.time_offset_seconds, 60);
     assert!(!settings.msr_relaxed, "its configuration says so");

@@ -18,302 +18,364 @@ pub const SEARCHED: usize = 1 << 20;
 pub struct Foreign {
     /// Its name, with an article.
     pub name: &'static str,
-    /// What the user can do with it; empty if there is nothing to suggest.
-    pub remedy: &'static str,
+    /// What a program can advise to do with it.
+    pub kind: ForeignKind,
+}
+
+/// Kinds of formats, by what can be done with the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ForeignKind {
+    /// A virtual machine of KVM.
+    KvmGuest,
+    /// A save that was never completed.
+    IncompleteSave,
+    /// The state of a device model, without the guest's memory.
+    DeviceModelState,
+    /// A virtual machine of VirtualBox.
+    VirtualBoxState,
+    /// A virtual machine that XenServer has exported, in pieces.
+    Xva,
+    /// Memory as a core dump, without the state that a restore needs.
+    CoreDump,
+    /// Memory in another form, without the state that a restore needs.
+    Memory,
+    /// A dump of Windows without its memory.
+    Minidump,
+    /// A dump of Linux that has to be put in order.
+    FlattenedDump,
+    /// A disk, or the contents of one, on which there may be an image.
+    Disk,
+    /// A disk image that is not raw.
+    DiskImage,
+    /// A disk image in the form in which xapi exports its suspend images.
+    Vhd,
+    /// An archive, in which there may be an image.
+    Archive,
+    /// A tar archive, in which there may be an image.
+    Tar,
+    /// An archive without members.
+    EmptyArchive,
+    /// Compressed data that must be decompressed first.
+    Compressed(ForeignCompression),
+    /// Encrypted data that must be decrypted first.
+    Encrypted(Encryption),
+    /// Text that encodes other data.
+    Base64,
+    /// A configuration, which goes beside an image.
+    Configuration,
+    /// A configuration of libxl, which goes beside an image.
+    JsonConfiguration,
+    /// A description of a domain whose image is in another file.
+    Description,
+    /// The same, as libvirt writes it. libvirt keeps it with the image.
+    XmlDescription,
+    /// A pointer to a file that Git LFS keeps.
+    LfsPointer,
+    /// Anything else.
+    Other,
+}
+
+/// Compressions that are not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ForeignCompression {
+    /// lzip.
+    Lzip,
+    /// lzop.
+    Lzop,
+    /// Framed snappy.
+    Snappy,
+    /// compress (`.Z`).
+    Compress,
+    /// The old format of lzma.
+    Lzma,
+    /// zlib.
+    Zlib,
+}
+
+/// Encryptions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Encryption {
+    /// age.
+    Age,
+    /// OpenPGP.
+    Pgp,
+    /// openssl enc.
+    OpenSsl,
+    /// openssl enc, in base64.
+    OpenSslBase64,
+    /// A volume of LUKS.
+    Luks,
 }
 
 impl Foreign {
     /// Whether the format is an archive: an image found further in is a member of it.
     pub fn is_archive(&self) -> bool {
-        self.name.ends_with("archive")
+        matches!(
+            self.kind,
+            ForeignKind::Archive | ForeignKind::Tar | ForeignKind::EmptyArchive
+        )
     }
 }
 
 impl fmt::Display for Foreign {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name)?;
-        match self.remedy {
-            "" => Ok(()),
-            remedy => write!(f, ": {remedy}"),
-        }
+        f.write_str(self.name)
     }
 }
 
-/// Offset, magic, name, remedy.
-type Known = (usize, &'static [u8], &'static str, &'static str);
+/// Offset, magic, name, kind.
+type Known = (usize, &'static [u8], &'static str, ForeignKind);
 
-const CORE: &str = "it holds memory, but not the state that a restore needs; crash, volatility3 \
-                    and gdb open it";
-const KVM: &str = "only KVM restores it (virsh restore)";
-const DISK: &str = "if a suspend image is on it, take that out first";
-const QEMU_IMG: &str = "it is a disk, not a saved domain; qemu-img shows and converts it";
-const UNPACK: &str = "unpack it first; the saved domain may be in it";
-const AGE: &str = "decrypt it first: age -d FILE | …";
-const PGP: &str = "decrypt it first: gpg -d FILE | …";
-const MEMORY: &str =
-    "it holds memory, but not the state that a restore needs; volatility3 opens it";
-const VHD: &str = "if it is a suspend VDI of xapi, make it raw first: qemu-img convert -f vpc -O raw \
-                   FILE OUT";
+use Encryption::{Age, Luks, OpenSsl, OpenSslBase64, Pgp};
+use ForeignCompression::{Compress, Lzip, Lzma, Lzop, Snappy, Zlib};
+use ForeignKind::{
+    Archive, Base64, Compressed, Configuration, CoreDump, Description, DeviceModelState, Disk,
+    DiskImage, EmptyArchive, Encrypted, FlattenedDump, IncompleteSave, JsonConfiguration, KvmGuest,
+    LfsPointer, Memory, Minidump, Other, Tar, Vhd, VirtualBoxState, XmlDescription, Xva,
+};
 
 /// Formats with a magic at the start.
 const AT_START: &[Known] = &[
-    (0, b"QFI\xfb", "a qcow2 disk image", QEMU_IMG),
-    (0, b"QED\0", "a QED disk image", QEMU_IMG),
-    (0, b"KDMV", "a VMDK disk image", QEMU_IMG),
-    (0, b"COWD", "a VMDK disk image", QEMU_IMG),
+    (0, b"QFI\xfb", "a qcow2 disk image", DiskImage),
+    (0, b"QED\0", "a QED disk image", DiskImage),
+    (0, b"KDMV", "a VMDK disk image", DiskImage),
+    (0, b"COWD", "a VMDK disk image", DiskImage),
     (
         0,
         b"# Disk DescriptorFile",
         "the descriptor of a VMDK disk image",
-        QEMU_IMG,
+        DiskImage,
     ),
     (
         0,
         b"<<< Oracle V",
         "a VDI disk image of VirtualBox",
-        QEMU_IMG,
+        DiskImage,
     ),
-    (0, b"<<< Sun ", "a VDI disk image of VirtualBox", QEMU_IMG),
+    (0, b"<<< Sun ", "a VDI disk image of VirtualBox", DiskImage),
     (
         0,
         b"<<< innotek ",
         "a VDI disk image of VirtualBox",
-        QEMU_IMG,
+        DiskImage,
     ),
     (
         0,
         b"<<< QEMU VM Virtual Disk Image >>>",
         "a VDI disk image",
-        QEMU_IMG,
+        DiskImage,
     ),
-    (0, b"conectix", "a VHD disk image", VHD),
-    (0, b"vhdxfile", "a VHDX disk image", QEMU_IMG),
+    (0, b"conectix", "a VHD disk image", Vhd),
+    (0, b"vhdxfile", "a VHDX disk image", DiskImage),
     (
         0,
         b"WithoutFreeSpace",
         "a disk image of Parallels",
-        QEMU_IMG,
+        DiskImage,
     ),
     (
         0,
         b"WithouFreSpacExt",
         "a disk image of Parallels",
-        QEMU_IMG,
+        DiskImage,
     ),
     (
         0,
         b"LibvirtQemudSave",
         "a domain saved by libvirt's QEMU driver",
-        KVM,
+        KvmGuest,
     ),
     (
         0,
         b"LibvirtQemudPart",
         "a save of libvirt's QEMU driver that was never completed",
-        "save the domain again",
+        IncompleteSave,
     ),
-    (0, b"QEVM\0\0\0\x02", "a migration stream of qemu", KVM),
-    (0, b"QEVM\0\0\0\x03", "a migration stream of qemu", KVM),
+    (0, b"QEVM\0\0\0\x02", "a migration stream of qemu", KvmGuest),
+    (0, b"QEVM\0\0\0\x03", "a migration stream of qemu", KvmGuest),
     (
         0,
         b"QemuDeviceModelRecord",
         "the state of a device model",
-        "the guest's memory is missing",
+        DeviceModelState,
     ),
-    (
-        0,
-        b"ova.xml\0",
-        "an XVA",
-        "xe vm-import imports it; a suspend image in it is cut into pieces",
-    ),
-    (0, b"PK\x03\x04", "a zip archive", UNPACK),
-    (0, b"PK\x05\x06", "an empty zip archive", ""),
-    (0, b"PK\x07\x08", "a zip archive", UNPACK),
-    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
-    (0, b"Rar!\x1a\x07", "a rar archive", UNPACK),
-    (0, b"MSCF\0\0\0\0", "a cabinet archive", UNPACK),
-    (0, b"070701", "a cpio archive", UNPACK),
-    (0, b"070702", "a cpio archive", UNPACK),
-    (0, b"070707", "a cpio archive", UNPACK),
-    (0, b"!<arch>\n", "an ar archive (a .deb is one)", ""),
-    (0, b"\xed\xab\xee\xdb", "an rpm package", ""),
+    (0, b"ova.xml\0", "an XVA", Xva),
+    (0, b"PK\x03\x04", "a zip archive", Archive),
+    (0, b"PK\x05\x06", "an empty zip archive", EmptyArchive),
+    (0, b"PK\x07\x08", "a zip archive", Archive),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", Archive),
+    (0, b"Rar!\x1a\x07", "a rar archive", Archive),
+    (0, b"MSCF\0\0\0\0", "a cabinet archive", Archive),
+    (0, b"070701", "a cpio archive", Archive),
+    (0, b"070702", "a cpio archive", Archive),
+    (0, b"070707", "a cpio archive", Archive),
+    (0, b"!<arch>\n", "an ar archive (a .deb is one)", Other),
+    (0, b"\xed\xab\xee\xdb", "an rpm package", Other),
     (
         0,
         b"LZIP\x01",
         "data compressed with lzip",
-        "decompress it first: lzip -dc FILE | …",
+        Compressed(Lzip),
     ),
-    (
-        0,
-        b"LZIP\0",
-        "data compressed with lzip",
-        "decompress it first: lzip -dc FILE | …",
-    ),
+    (0, b"LZIP\0", "data compressed with lzip", Compressed(Lzip)),
     (
         0,
         b"\x89LZO\0\r\n\x1a\n",
         "data compressed with lzop",
-        "decompress it first: lzop -dc FILE | …",
+        Compressed(Lzop),
     ),
     (
         0,
         b"\xff\x06\0\0sNaPpY",
         "data compressed with snappy",
-        "decompress it first: snzip -dc FILE | …",
+        Compressed(Snappy),
     ),
     (
         0,
         b"\x1f\x9d\x90",
         "data of compress (.Z)",
-        "decompress it first: gzip -dc FILE | …",
+        Compressed(Compress),
     ),
-    (0, b"hibr", "a hibernation file of Windows", MEMORY),
-    (0, b"HIBR", "a hibernation file of Windows", MEMORY),
-    (0, b"wake", "a hibernation file of Windows", MEMORY),
-    (0, b"WAKE", "a hibernation file of Windows", MEMORY),
-    (0, b"RSTR", "a hibernation file of Windows", MEMORY),
-    (
-        0,
-        b"MDMP\x93\xa7",
-        "a minidump of Windows",
-        "WinDbg opens it",
-    ),
-    (0, b"PAGEDUMP", "a crash dump of Windows (32-bit)", MEMORY),
-    (0, b"PAGEDU64", "a crash dump of Windows (64-bit)", MEMORY),
-    (0, b"EMiL\x01\0\0\0", "a memory dump of LiME", MEMORY),
-    (0, b"AVML\x02\0\0\0", "a memory dump of AVML", MEMORY),
-    (0, b"KDUMP   ", "a kdump of Linux", CORE),
-    (0, b"DISKDUMP", "a diskdump of Linux", CORE),
+    (0, b"hibr", "a hibernation file of Windows", Memory),
+    (0, b"HIBR", "a hibernation file of Windows", Memory),
+    (0, b"wake", "a hibernation file of Windows", Memory),
+    (0, b"WAKE", "a hibernation file of Windows", Memory),
+    (0, b"RSTR", "a hibernation file of Windows", Memory),
+    (0, b"MDMP\x93\xa7", "a minidump of Windows", Minidump),
+    (0, b"PAGEDUMP", "a crash dump of Windows (32-bit)", Memory),
+    (0, b"PAGEDU64", "a crash dump of Windows (64-bit)", Memory),
+    (0, b"EMiL\x01\0\0\0", "a memory dump of LiME", Memory),
+    (0, b"AVML\x02\0\0\0", "a memory dump of AVML", Memory),
+    (0, b"KDUMP   ", "a kdump of Linux", CoreDump),
+    (0, b"DISKDUMP", "a diskdump of Linux", CoreDump),
     (
         0,
         b"makedumpfile\0",
         "a flattened kdump of Linux",
-        "makedumpfile -R makes a dump of it",
+        FlattenedDump,
     ),
     (
         0,
         b"\x7fVirtualBox SavedState V",
         "a saved state of VirtualBox",
-        "only VirtualBox reads it",
+        VirtualBoxState,
     ),
     (
         0,
         b"\xd0\xbe\xd2\xbe",
         "a suspended state or snapshot of VMware",
-        MEMORY,
+        Memory,
     ),
     (
         0,
         b"\xd1\xba\xd1\xba",
         "a suspended state or snapshot of VMware",
-        MEMORY,
+        Memory,
     ),
     (
         0,
         b"\xd2\xbe\xd2\xbe",
         "a suspended state or snapshot of VMware",
-        MEMORY,
+        Memory,
     ),
     (
         0,
         b"\xd3\xbe\xd3\xbe",
         "a suspended state or snapshot of VMware",
-        MEMORY,
+        Memory,
     ),
     (
         0,
         b"\xed\xeb\x0f\xf0",
         "a core of `xm dump-core` of Xen 3.0 (PV)",
-        CORE,
+        CoreDump,
     ),
     (
         0,
         b"\xee\xeb\x0f\xf0",
         "a core of `xm dump-core` of Xen 3.0 (HVM)",
-        CORE,
+        CoreDump,
     ),
     (
         0,
         b"\x53\xff\0\xf0\x53\xff\0\xf0",
         "raw physical memory of a PC",
-        MEMORY,
+        Memory,
     ),
-    (
-        0,
-        b"<?xml ",
-        "an XML document",
-        "the saved domain is in another file",
-    ),
-    (0, b"<!DOCTYPE", "a document in HTML or XML", ""),
-    (0, b"hsqs", "a squashfs file system", DISK),
-    (0, b"XFSB\0\0", "an XFS file system", DISK),
+    (0, b"<?xml ", "an XML document", Description),
+    (0, b"<!DOCTYPE", "a document in HTML or XML", Other),
+    (0, b"hsqs", "a squashfs file system", Disk),
+    (0, b"XFSB\0\0", "an XFS file system", Disk),
     (
         0,
         b"LUKS\xba\xbe",
         "an encrypted volume (LUKS)",
-        "open it first: cryptsetup open",
+        Encrypted(Luks),
     ),
     (
         0,
         b"age-encryption.org/v1",
         "a file encrypted with age",
-        AGE,
+        Encrypted(Age),
     ),
     (
         0,
         b"-----BEGIN AGE ENCRYPTED FILE-----",
         "a file encrypted with age",
-        AGE,
+        Encrypted(Age),
     ),
-    (0, b"-----BEGIN PGP ", "a file armoured by PGP", PGP),
+    (
+        0,
+        b"-----BEGIN PGP ",
+        "a file armoured by PGP",
+        Encrypted(Pgp),
+    ),
     (
         0,
         b"Salted__",
         "a file encrypted with openssl enc",
-        "decrypt it first: openssl enc -d",
+        Encrypted(OpenSsl),
     ),
     (
         0,
         b"U2FsdGVkX1",
         "a file encrypted with openssl enc -a",
-        "decrypt it first: openssl enc -d -a",
+        Encrypted(OpenSslBase64),
     ),
     (
         0,
         b"version https://git-lfs.github.com/spec/v1",
         "a pointer of Git LFS",
-        "fetch the file that it stands for: git lfs pull",
+        LfsPointer,
     ),
-    (0, b"MZ", "a program of Windows or DOS", ""),
-    (0, b"%PDF-", "a PDF document", ""),
-    (0, b"\x89PNG\r\n\x1a\n", "a PNG picture", ""),
-    (0, b"\xff\xd8\xff", "a JPEG picture", ""),
-    (0, b"SQLite format 3\0", "an SQLite database", ""),
-    (0, b"#!", "a script", ""),
+    (0, b"MZ", "a program of Windows or DOS", Other),
+    (0, b"%PDF-", "a PDF document", Other),
+    (0, b"\x89PNG\r\n\x1a\n", "a PNG picture", Other),
+    (0, b"\xff\xd8\xff", "a JPEG picture", Other),
+    (0, b"SQLite format 3\0", "an SQLite database", Other),
+    (0, b"#!", "a script", Other),
 ];
 
 /// Formats with a magic further in.
 const FURTHER_IN: &[Known] = &[
-    (
-        257,
-        b"ustar",
-        "a tar archive",
-        "take the saved domain out of it first: tar -xf FILE",
-    ),
-    (0x40, b"\x7f\x10\xda\xbe", "a VDI disk image", QEMU_IMG),
-    (512, b"LABELONE", "a physical volume of LVM", DISK),
-    (0, b"LABELONE", "a physical volume of LVM", DISK),
-    (512, b"EFI PART", "a disk with partitions (GPT)", DISK),
-    (4096, b"EFI PART", "a disk with partitions (GPT)", DISK),
-    (3, b"NTFS    ", "an NTFS file system", DISK),
-    (0x36, b"FAT1", "a FAT file system", DISK),
-    (0x52, b"FAT32   ", "a FAT file system", DISK),
-    (0x8001, b"CD001", "a CD or DVD image (ISO 9660)", DISK),
-    (0x8001, b"BEA01", "a DVD image (UDF)", DISK),
-    (0x1_0040, b"_BHRfS_M", "a btrfs file system", DISK),
-    (4086, b"SWAPSPACE2", "a swap area of Linux", ""),
-    (4086, b"S1SUSPEND", "a hibernation image of Linux", MEMORY),
-    (4086, b"LINHIB0001", "a hibernation image of Linux", MEMORY),
+    (257, b"ustar", "a tar archive", Tar),
+    (0x40, b"\x7f\x10\xda\xbe", "a VDI disk image", DiskImage),
+    (512, b"LABELONE", "a physical volume of LVM", Disk),
+    (0, b"LABELONE", "a physical volume of LVM", Disk),
+    (512, b"EFI PART", "a disk with partitions (GPT)", Disk),
+    (4096, b"EFI PART", "a disk with partitions (GPT)", Disk),
+    (3, b"NTFS    ", "an NTFS file system", Disk),
+    (0x36, b"FAT1", "a FAT file system", Disk),
+    (0x52, b"FAT32   ", "a FAT file system", Disk),
+    (0x8001, b"CD001", "a CD or DVD image (ISO 9660)", Disk),
+    (0x8001, b"BEA01", "a DVD image (UDF)", Disk),
+    (0x1_0040, b"_BHRfS_M", "a btrfs file system", Disk),
+    (4086, b"SWAPSPACE2", "a swap area of Linux", Other),
+    (4086, b"S1SUSPEND", "a hibernation image of Linux", Memory),
+    (4086, b"LINHIB0001", "a hibernation image of Linux", Memory),
 ];
 
 fn has(prefix: &[u8], at: usize, magic: &[u8]) -> bool {
@@ -324,7 +386,7 @@ fn known(table: &[Known], prefix: &[u8]) -> Option<Foreign> {
     table
         .iter()
         .find(|(at, magic, ..)| has(prefix, *at, magic))
-        .map(|(_, _, name, remedy)| Foreign { name, remedy })
+        .map(|(_, _, name, kind)| Foreign { name, kind: *kind })
 }
 
 /// Detects a format by its first bytes.
@@ -346,7 +408,7 @@ pub(super) fn by_the_rest(prefix: &[u8]) -> Option<Foreign> {
 pub fn by_its_end(last: &[u8]) -> Option<Foreign> {
     last.starts_with(b"conectix").then_some(Foreign {
         name: "a VHD disk image",
-        remedy: VHD,
+        kind: Vhd,
     })
 }
 
@@ -368,19 +430,12 @@ fn elf(prefix: &[u8]) -> Option<Foreign> {
         Some(1) => word(44),
         _ => word(56),
     };
-    let (name, remedy) = match (word(16), headers) {
-        (Some(CORE_TYPE), Some(0)) => (
-            "an ELF core of a guest, as `xsr export` and `xl dump-core` write them",
-            CORE,
-        ),
-        (Some(CORE_TYPE), _) => (
-            "an ELF core with program headers, as `xsr export --format gdb`, `virsh dump` and \
-             kdump write them",
-            CORE,
-        ),
-        _ => ("an ELF program, library or object", ""),
+    let (name, kind) = match (word(16), headers) {
+        (Some(CORE_TYPE), Some(0)) => ("an ELF core of a Xen guest", CoreDump),
+        (Some(CORE_TYPE), _) => ("an ELF core with program headers", CoreDump),
+        _ => ("an ELF program, library or object", Other),
     };
-    Some(Foreign { name, remedy })
+    Some(Foreign { name, kind })
 }
 
 /// A boot sector: its mark, and entries that are each used or empty.
@@ -394,7 +449,7 @@ fn partitions(prefix: &[u8]) -> Option<Foreign> {
         .all(|entry| matches!(entry.first(), Some(0 | 0x80)));
     (marked && possible).then_some(Foreign {
         name: "a disk with a boot sector (MBR)",
-        remedy: DISK,
+        kind: Disk,
     })
 }
 
@@ -413,7 +468,7 @@ fn ext(prefix: &[u8]) -> Option<Foreign> {
     let found = has(block, 0x38, b"\x53\xef") && small(24, 6) && small(20, 1) && small(76, 1);
     found.then_some(Foreign {
         name: "an ext2, ext3 or ext4 file system",
-        remedy: DISK,
+        kind: Disk,
     })
 }
 
@@ -429,7 +484,7 @@ fn lzma(prefix: &[u8]) -> Option<Foreign> {
         && (size == u64::MAX || (1..1 << 45).contains(&size));
     possible.then_some(Foreign {
         name: "data compressed with lzma",
-        remedy: "decompress it first: xz -dc --format=lzma FILE | …",
+        kind: Compressed(Lzma),
     })
 }
 
@@ -444,7 +499,7 @@ fn zlib(prefix: &[u8]) -> Option<Foreign> {
         .is_some_and(|byte| byte >> 1 & 3 != 3 && *byte != 0);
     (found && possible).then_some(Foreign {
         name: "data compressed with zlib, by its first two bytes",
-        remedy: "decompress it first: pigz -dcz < FILE | …",
+        kind: Compressed(Zlib),
     })
 }
 
@@ -474,21 +529,12 @@ fn text(prefix: &[u8]) -> Option<Foreign> {
     if ascii < looked_at.len().div_ceil(2) {
         return None;
     }
-    let (name, remedy) = match start {
-        [b'<', ..] => (
-            "an XML document",
-            "the saved domain is in another file (virsh keeps both in one)",
-        ),
-        [b'{' | b'[', ..] => (
-            "JSON",
-            "a configuration goes beside an image: --config FILE",
-        ),
-        [b'(', ..] => (
-            "an s-expression, as xend kept configurations",
-            "the saved domain is in another file",
-        ),
-        _ if is_base64(start) => ("base64 text", "decode it first: base64 -d FILE | …"),
-        _ => ("text", "a configuration of xl goes beside an image"),
+    let (name, kind) = match start {
+        [b'<', ..] => ("an XML document", XmlDescription),
+        [b'{' | b'[', ..] => ("JSON", JsonConfiguration),
+        [b'(', ..] => ("an s-expression, as xend kept configurations", Description),
+        _ if is_base64(start) => ("base64 text", Base64),
+        _ => ("text", Configuration),
     };
-    Some(Foreign { name, remedy })
+    Some(Foreign { name, kind })
 }

@@ -118,13 +118,14 @@ impl<W: SparseWrite> MappedWriter<W> {
             let why = "the image has more PAGE_DATA records than the mapped layout can index";
             return Err(WriteError::Io(io::Error::other(why)));
         }
-        let has_data = entries.iter().filter(|e| e.page_type.has_data());
-        let pages = u32::try_from(has_data.count()).unwrap_or(u32::MAX);
-        let pads = match pages {
-            0 => 0,
-            _ => pads(self.offset, entries.len() as u64),
+        let has_data = || entries.iter().filter(|e| e.page_type.has_data());
+        let pads = match has_data().next() {
+            None => 0,
+            Some(_) => pads(self.offset, entries.len() as u64),
         };
         let head = padded_page_data_head(pads, entries)?;
+        let pages = u32::try_from(has_data().count());
+        let pages = pages.map_err(|_| WriteError::Bug("a record has more than 2^32 pages"))?;
         // The digest comes with the pages.
         let entry = IndexEntry::of(self.offset, pads, entries, [0; 32]);
         let mut digest = Hasher::new();
@@ -153,9 +154,10 @@ impl<W: SparseWrite> MappedWriter<W> {
 
     /// Writes whole pages, no more than are left of the record.
     fn write_pages(&mut self, pages: &[Page]) -> io::Result<()> {
-        let Some(record) = &mut self.record else {
-            return Ok(());
-        };
+        let bug = || io::Error::other(WriteError::Bug("more pages than the record has"));
+        let done = u32::try_from(pages.len()).map_err(|_| bug())?;
+        let record = self.record.as_mut().ok_or_else(bug)?;
+        record.pages_left = record.pages_left.checked_sub(done).ok_or_else(bug)?;
         record.digest.update(pages.as_flattened());
         for page in pages {
             if let Some(digests) = &mut self.page_digests {
@@ -174,8 +176,6 @@ impl<W: SparseWrite> MappedWriter<W> {
             self.offset = self.offset.saturating_add(bytes.len() as u64);
         }
         self.pages = self.pages.saturating_add(pages.len() as u64);
-        let done = u32::try_from(pages.len()).unwrap_or(u32::MAX);
-        record.pages_left = record.pages_left.saturating_sub(done);
         self.end_record();
         Ok(())
     }
@@ -249,7 +249,12 @@ impl<W: SparseWrite> Write for MappedWriter<W> {
             return self.take_data(bytes, left);
         }
         let n = self.sink.write(bytes)?;
-        self.rest.update(bytes.get(..n).unwrap_or_default());
+        let written = bytes.get(..n);
+        let written = written.ok_or_else(|| {
+            let why = "the sink claims to have written more than it was given";
+            io::Error::other(WriteError::Bug(why))
+        })?;
+        self.rest.update(written);
         self.offset = self.offset.saturating_add(n as u64);
         Ok(n)
     }

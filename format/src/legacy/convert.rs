@@ -498,7 +498,7 @@ impl<R: Read> Converted<R> {
             }
             (Target::Libxc { device_model: true }, _) => {
                 if let Some(record) = tail.qemu {
-                    record.write(&mut last);
+                    record.write(&mut last)?;
                 }
             }
             _ => {}

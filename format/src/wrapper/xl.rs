@@ -315,15 +315,12 @@ impl XlHeader {
     ///
     /// There is no room for the blanks.
     pub fn aligned(&self) -> Result<(Self, u32), XlError> {
-        let blanks = self.bytes().wrapping_neg() & 7;
-        let header = self.with_config(|config, end| {
-            config.splice(
-                end..end,
-                iter::repeat_n(b' ', usize::try_from(blanks).unwrap_or(0)),
-            );
-        })?;
-        let added = header.bytes().saturating_sub(self.bytes());
-        Ok((header, u32::try_from(added).unwrap_or(0)))
+        let blanks = match self.config() {
+            Some(_) => (self.bytes().wrapping_neg() & 7) as u8,
+            None => 0,
+        };
+        let header = self.with_changed(|text| text.extend(iter::repeat_n(b' ', blanks.into())))?;
+        Ok((header, blanks.into()))
     }
 
     /// This header with this number of blanks removed from the end of its configuration, or as many
@@ -333,11 +330,12 @@ impl XlHeader {
     ///
     /// The optional data is too long.
     pub fn without_blanks(&self, blanks: u32) -> Result<Self, XlError> {
-        self.with_config(|config, end| {
-            let (before, _) = config.split_at_checked(end).unwrap_or_default();
-            let kept = before.iter().rposition(|byte| *byte != b' ');
-            let found = end.saturating_sub(kept.map_or(0, |last| last.saturating_add(1)));
-            config.drain(end.saturating_sub(found.min(blanks as usize))..end);
+        self.with_changed(|text| {
+            for _ in 0..blanks {
+                if text.pop_if(|last| *last == b' ').is_none() {
+                    break;
+                }
+            }
         })
     }
 
@@ -380,16 +378,20 @@ impl XlHeader {
         Ok(header)
     }
 
-    /// This header with its configuration changed. `change` is called with the configuration and
-    /// the end of its text, before the NUL of JSON.
-    fn with_config(&self, change: impl FnOnce(&mut Vec<u8>, usize)) -> Result<Self, XlError> {
+    /// This header with the text of its configuration changed, which is what comes before the NUL
+    /// of JSON.
+    fn with_changed(&self, change: impl FnOnce(&mut Vec<u8>)) -> Result<Self, XlError> {
         let Some(config) = self.config() else {
             return Ok(self.clone());
         };
-        let text = config.strip_suffix(&[0]).unwrap_or(config).len();
-        let mut config = config.to_vec();
-        change(&mut config, text);
-        let field = U32::new(u32::try_from(config.len()).unwrap_or(u32::MAX), self.order);
+        let text = config.strip_suffix(&[0]);
+        let mut changed = text.unwrap_or(config).to_vec();
+        change(&mut changed);
+        if text.is_some() {
+            changed.push(0);
+        }
+        let config = changed;
+        let field = U32::new(optional_length(config.len())?, self.order);
         let optional_data = [field.as_bytes(), &config, self.optional_tail()].concat();
         Ok(Self {
             optional_length: optional_length(optional_data.len())?,

@@ -7,7 +7,7 @@ use xsr_format::frame::{Gfn, Page, PageEntry, PageType, Pfn};
 use xsr_format::guest_image::GuestImage;
 use xsr_format::image::GuestType;
 use xsr_format::record::hvm::HvmParam;
-use xsr_xen_backend::{Access, Domain, Errno, ForeignPage, RingGrant};
+use xsr_xen_backend::{Access, Domain, Errno, ForeignPage, HvmGuest, RingGrant};
 
 use crate::error::{GuestError, RestoreError, SaveError};
 use crate::guest::refused::suspect_of_context;
@@ -60,13 +60,18 @@ mod param {
 /// The save side.
 pub(crate) struct HvmSave<'a> {
     domain: &'a dyn Domain,
+    guest: &'a dyn HvmGuest,
     max_pfn: Pfn,
 }
 
 impl<'a> HvmSave<'a> {
-    pub(crate) fn new(domain: &'a dyn Domain) -> Result<Self, SaveError> {
+    pub(crate) fn new(domain: &'a dyn Domain, guest: &'a dyn HvmGuest) -> Result<Self, SaveError> {
         let max_pfn = max_pfn(domain)?;
-        Ok(Self { domain, max_pfn })
+        Ok(Self {
+            domain,
+            guest,
+            max_pfn,
+        })
     }
 }
 
@@ -125,10 +130,10 @@ impl GuestSave for HvmSave<'_> {
     /// params first.
     fn end_of_checkpoint(&self, out: &mut Out<'_>) -> Result<(), SaveError> {
         x86::write_tsc_info(self.domain, out)?;
-        out.hvm_context(&self.domain.hvm_context()?)?;
+        out.hvm_context(&self.guest.hvm_context()?)?;
         let mut params = Vec::with_capacity(param::SAVED.len());
         for index in param::SAVED {
-            let value = self.domain.hvm_param(index)?;
+            let value = self.guest.hvm_param(index)?;
             if value != 0 {
                 let index = u64::from(index);
                 params.push(HvmParam { index, value });
@@ -147,6 +152,7 @@ impl GuestSave for HvmSave<'_> {
 pub(crate) fn complete(
     image: &GuestImage,
     domain: &dyn Domain,
+    guest: &dyn HvmGuest,
     ports: &Rings,
 ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
     let (mut store, mut console) = (None, None);
@@ -169,7 +175,7 @@ pub(crate) fn complete(
         if index == param::CONSOLE_PFN {
             x86::disconnect_console(domain, Gfn(value))?;
         }
-        domain
+        guest
             .set_hvm_param(index, value)
             .map_err(|cause| match cause.errno {
                 // Errors about the parameter itself.
@@ -182,10 +188,10 @@ pub(crate) fn complete(
                 _ => cause.into(),
             })?;
     }
-    domain.set_hvm_param(param::STORE_EVTCHN, u64::from(ports.store_port))?;
-    domain.set_hvm_param(param::CONSOLE_EVTCHN, u64::from(ports.console_port))?;
+    guest.set_hvm_param(param::STORE_EVTCHN, u64::from(ports.store_port))?;
+    guest.set_hvm_param(param::CONSOLE_EVTCHN, u64::from(ports.console_port))?;
     let context = image.hvm_context();
-    domain
+    guest
         .set_hvm_context(context)
         .map_err(|cause| match cause.errno {
             Errno::ESRCH | Errno::EPERM | Errno::EACCES | Errno::ENOMEM => cause.into(),

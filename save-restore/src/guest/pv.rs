@@ -13,7 +13,7 @@ use xsr_format::frame::{Gfn, Mfn, Page, PageEntry, PageType, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::record::RecordKind;
 use xsr_format::record::pv::{PvInfo, vcpu_basic_bytes};
-use xsr_xen_backend::{Access, Domain, ForeignPage, ForeignPages, M2p, VcpuBlob};
+use xsr_xen_backend::{Access, Domain, ForeignPage, ForeignPages, M2p, PvGuest, VcpuBlob};
 
 use crate::error::{GuestError, SaveError};
 use crate::guest::pv::layout::{cr3_to_frame, frame_to_cr3, shared_info, vcpu};
@@ -22,9 +22,9 @@ use crate::guest::{GoOn, GuestSave, Out, x86};
 
 /// A guest's word width, as reported by Xen.
 pub(crate) fn guest_info(
-    domain: &dyn Domain,
+    guest: &dyn PvGuest,
 ) -> Result<Result<PvInfo, GuestError>, xsr_xen_backend::BackendError> {
-    let width = domain.guest_width()?;
+    let width = guest.guest_width()?;
     Ok(PvInfo::from_width(width).ok_or(GuestError::Width { width }))
 }
 
@@ -39,6 +39,7 @@ pub(crate) const VCPU_RECORDS: [(VcpuBlob, RecordKind); 4] = [
 /// The save side.
 pub(crate) struct PvSave<'a> {
     domain: &'a dyn Domain,
+    guest: &'a dyn PvGuest,
     info: PvInfo,
     m2p: M2p,
     shared_info: ForeignPages,
@@ -49,9 +50,13 @@ pub(crate) struct PvSave<'a> {
 }
 
 impl<'a> PvSave<'a> {
-    pub(crate) fn new(domain: &'a dyn Domain, go_on: &mut GoOn<'_>) -> Result<Self, SaveError> {
-        let info = guest_info(domain)??;
-        let m2p = domain.m2p()?;
+    pub(crate) fn new(
+        domain: &'a dyn Domain,
+        guest: &'a dyn PvGuest,
+        go_on: &mut GoOn<'_>,
+    ) -> Result<Self, SaveError> {
+        let info = guest_info(guest)??;
+        let m2p = guest.m2p()?;
         let frame = domain.info()?.shared_info_frame;
         let shared_info = domain.map(&[frame], Access::Read)?.all_mapped()?;
         let shared = shared_info.page(0).expect("mapped").to_page();
@@ -64,6 +69,7 @@ impl<'a> PvSave<'a> {
         );
         Ok(Self {
             domain,
+            guest,
             info,
             m2p,
             shared_info,
@@ -91,7 +97,7 @@ impl<'a> PvSave<'a> {
     /// the GDT's frames, cr3, and in a 64-bit guest the user tables in cr1.
     fn vcpu_basic(&self, id: u32) -> Result<Vec<u8>, SaveError> {
         let info = self.info;
-        let mut context = self.domain.vcpu_state(id, VcpuBlob::Basic)?;
+        let mut context = self.guest.vcpu_state(id, VcpuBlob::Basic)?;
         let expected = vcpu_basic_bytes(info);
         if context.len() != expected {
             let got = context.len();
@@ -244,7 +250,7 @@ impl GuestSave for PvSave<'_> {
             for (blob, kind) in VCPU_RECORDS {
                 let state = match blob {
                     VcpuBlob::Basic => self.vcpu_basic(id)?,
-                    _ => self.domain.vcpu_state(id, blob)?,
+                    _ => self.guest.vcpu_state(id, blob)?,
                 };
                 out.vcpu_state(kind, self.info, id, &state)?;
             }

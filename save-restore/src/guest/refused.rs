@@ -309,7 +309,8 @@ mod tests {
     fn a_record_of_a_vcpu_that_is_not_there_is_suspected() {
         let host = MockHost::ephemeral(&HostConfig::default()).unwrap();
         let domid = host.create_domain(GuestKind::Pvh, 3, 16).unwrap();
-        let context = host.domain(domid).unwrap().hvm_context().unwrap();
+        let context = host.domain(domid).unwrap();
+        let context = context.hvm().unwrap().hvm_context().unwrap();
         let fine = suspect_of_context(&context, Some(2));
         assert!(fine.contains("in its own log only"), "{fine}");
         let mut record = vec![2, 0, 200, 0, 0, 0, 0, 0];

@@ -28,7 +28,7 @@ const COMPARED: usize = 1024;
 /// The memory of a guest that is being restored.
 pub(super) struct PageRestore<'r> {
     domain: &'r dyn Domain,
-    pub(super) guest: Guest,
+    pub(super) guest: Guest<'r>,
     placer: Placer<'r>,
     populated: Populated,
     pub(super) stats: RestoreStats,
@@ -40,10 +40,10 @@ pub(super) struct PageRestore<'r> {
 const POPULATED: usize = 1 << 15;
 
 impl<'r> PageRestore<'r> {
-    pub(super) fn new(domain: &'r dyn Domain, guest: Guest, plan: Option<Plan>) -> Self {
+    pub(super) fn new(domain: &'r dyn Domain, guest: Guest<'r>, plan: Option<Plan>) -> Self {
         let p2m = match &guest {
             Guest::Pv(pv) => Some(pv.p2m.clone()),
-            Guest::Hvm => None,
+            Guest::Hvm(_) => None,
         };
         Self {
             domain,
@@ -164,7 +164,7 @@ impl<'r> PageRestore<'r> {
             ..
         } = self;
         let released = match guest {
-            Guest::Hvm => populated.release_absent(*domain, |pfn| Gfn(pfn.0), |_| {}, go_on)?,
+            Guest::Hvm(_) => populated.release_absent(*domain, |pfn| Gfn(pfn.0), |_| {}, go_on)?,
             Guest::Pv(pv) => {
                 let mut gone = Vec::new();
                 let p2m = pv.p2m.read();
@@ -184,7 +184,7 @@ impl<'r> PageRestore<'r> {
     /// The frames of populated pages.
     fn gfns(&self, entries: &[PageEntry]) -> Vec<Gfn> {
         match &self.guest {
-            Guest::Hvm => entries.iter().map(|entry| Gfn(entry.pfn.0)).collect(),
+            Guest::Hvm(_) => entries.iter().map(|entry| Gfn(entry.pfn.0)).collect(),
             Guest::Pv(pv) => {
                 let p2m = pv.p2m.read();
                 let gfn = |entry: &PageEntry| p2m.mfn(entry.pfn).map_or(Gfn::INVALID, |m| Gfn(m.0));
@@ -274,7 +274,7 @@ impl<'r> PageRestore<'r> {
     fn populate_named(&mut self, entry: &PageEntry, table: &Page) -> Result<(), RestoreError> {
         let max_pfn = match &self.guest {
             Guest::Pv(pv) => pv.max_pfn(),
-            Guest::Hvm => return Ok(()),
+            Guest::Hvm(_) => return Ok(()),
         };
         let named: Vec<Pfn> = pagetable::frames_needed(table).collect();
         if named.iter().any(|pfn| *pfn > max_pfn) {

@@ -83,7 +83,7 @@ fn what_a_restore_rewrites_is_right() {
         assert_eq!(grants.map(|g| g.gfn), [console.0, store.0], "{name}");
 
         if spec.kind.is_translated() {
-            let param = |index| domain.hvm_param(index).unwrap();
+            let param = |index| domain.hvm().unwrap().hvm_param(index).unwrap();
             assert_eq!([param(1), param(17)], [store.0, console.0], "{name}");
             assert_eq!([param(2), param(18)], ports.map(u64::from), "{name}");
             let rings = take_apart(&out)
@@ -102,7 +102,7 @@ fn what_a_restore_rewrites_is_right() {
             continue;
         }
         let taken = take_apart(&out);
-        let m2p = domain.m2p().unwrap();
+        let m2p = domain.pv().unwrap().m2p().unwrap();
         let page = |gfn| {
             let pages = domain
                 .map(&[gfn], Access::Read)
@@ -122,7 +122,7 @@ fn what_a_restore_rewrites_is_right() {
             4 => (&pv::VCPU_CONTEXT_32, "user_regs.edx"),
             _ => (&pv::VCPU_CONTEXT_64, "user_regs.rdx"),
         };
-        let vcpu = domain.vcpu_state(0, VcpuBlob::Basic).unwrap();
+        let vcpu = domain.pv().unwrap().vcpu_state(0, VcpuBlob::Basic).unwrap();
         let start_info = Gfn(number(context, &vcpu, register));
         assert_eq!(m2p.pfn(Mfn(start_info.0)), taken.start_info, "{name}");
         let contents = page(start_info);

@@ -379,7 +379,8 @@ pub(crate) fn empty_on(
     let domain = host.domain(domid)?;
     // libxl does this before it starts the helper.
     if width == 4 {
-        domain.set_guest_width(4)?;
+        let guest = domain.pv().expect("only PV guests are 4 bytes wide");
+        guest.set_guest_width(4)?;
     }
     Ok(Empty {
         domid,

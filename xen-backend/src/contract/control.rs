@@ -145,7 +145,7 @@ fn suspend_paused(host: &dyn Host) -> Result<(), Violation> {
 
 fn suspend_and_resume(host: &dyn Host) -> Result<(), Violation> {
     let (guest, _) = Guest::with_pages(host, GuestKind::Hvm, 16)?;
-    guest.set_hvm_context(&kit::hvm_context())?;
+    guest.hvm()?.set_hvm_context(&kit::hvm_context())?;
     ensure(guest.vcpu_online(0)?, "the vcpu of the context is online")?;
     fails(guest.resume(), Errno::EINVAL, "resume of a running domain")?;
     guest.unpause()?;

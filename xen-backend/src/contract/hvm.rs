@@ -4,7 +4,7 @@ use nix::errno::Errno;
 
 use super::kit::{Guest, hvm_context};
 use super::{Check, Violation, ensure, equal, fails};
-use crate::{GuestKind, Host};
+use crate::{Domain, GuestKind, Host};
 
 pub(super) const CHECKS: &[(&str, Check)] = &[
     ("a PV guest has nothing of HVM", not_hvm),
@@ -26,14 +26,8 @@ pub(super) const CHECKS: &[(&str, Check)] = &[
 
 fn not_hvm(host: &dyn Host) -> Result<(), Violation> {
     let guest = Guest::new(host, GuestKind::Pv, 1, 1)?;
-    fails(guest.hvm_context(), Errno::EINVAL, "hvm_context")?;
-    fails(
-        guest.set_hvm_context(&hvm_context()),
-        Errno::EINVAL,
-        "set_hvm_context",
-    )?;
-    fails(guest.hvm_param(1), Errno::EINVAL, "hvm_param")?;
-    fails(guest.set_hvm_param(1, 1), Errno::EINVAL, "set_hvm_param")
+    ensure(Domain::hvm(&*guest).is_none(), "its role is not HVM")?;
+    ensure(Domain::pv(&*guest).is_some(), "its role is PV")
 }
 
 /// The types of a context's records.
@@ -55,16 +49,20 @@ fn kinds(context: &[u8]) -> Option<Vec<u16>> {
 fn round_trip(host: &dyn Host) -> Result<(), Violation> {
     for kind in [GuestKind::Hvm, GuestKind::Pvh] {
         let guest = Guest::new(host, kind, 2, 16)?;
-        let fresh = kinds(&guest.hvm_context()?);
+        let fresh = kinds(&guest.hvm()?.hvm_context()?);
         ensure(
             fresh.is_some_and(|kinds| kinds[0] == 1),
             "a new guest's context begins with a header",
         )?;
-        guest.set_hvm_context(&hvm_context())?;
-        let context = guest.hvm_context()?;
-        guest.set_hvm_context(&context)?;
+        guest.hvm()?.set_hvm_context(&hvm_context())?;
+        let context = guest.hvm()?.hvm_context()?;
+        guest.hvm()?.set_hvm_context(&context)?;
         // Its clocks and timers advance, so only the record types are compared.
-        equal(&kinds(&guest.hvm_context()?), &kinds(&context), "records")?;
+        equal(
+            &kinds(&guest.hvm()?.hvm_context()?),
+            &kinds(&context),
+            "records",
+        )?;
         ensure(
             kinds(&context).is_some_and(|kinds| kinds.contains(&2)),
             "it has a vcpu",
@@ -97,15 +95,19 @@ fn bad_contexts(host: &dyn Host) -> Result<(), Violation> {
         ("with a vcpu too many", change(34, 7)),
         ("with a record that is too long", change(36, 0x10)),
     ];
-    let before = guest.hvm_context()?;
+    let before = guest.hvm()?.hvm_context()?;
     for (what, context) in bad {
-        match guest.set_hvm_context(&context) {
+        match guest.hvm()?.set_hvm_context(&context) {
             // An implementation may distinguish incomplete from malformed.
             Err(error) if error.errno == Errno::ENODATA => {}
             set => fails(set, Errno::EINVAL, what)?,
         }
     }
-    equal(&kinds(&guest.hvm_context()?), &kinds(&before), "records")
+    equal(
+        &kinds(&guest.hvm()?.hvm_context()?),
+        &kinds(&before),
+        "records",
+    )
 }
 
 /// HVM_PARAM_STORE_PFN.
@@ -115,10 +117,14 @@ const IOREQ_PFN: u32 = 5;
 
 fn params(host: &dyn Host) -> Result<(), Violation> {
     let guest = Guest::new(host, GuestKind::Hvm, 1, 16)?;
-    equal(&guest.hvm_param(STORE_PFN)?, &0, "a parameter never set")?;
+    equal(
+        &guest.hvm()?.hvm_param(STORE_PFN)?,
+        &0,
+        "a parameter never set",
+    )?;
     for value in [0xf_effc, 7, 0] {
-        guest.set_hvm_param(STORE_PFN, value)?;
-        equal(&guest.hvm_param(STORE_PFN)?, &value, "a parameter")?;
+        guest.hvm()?.set_hvm_param(STORE_PFN, value)?;
+        equal(&guest.hvm()?.hvm_param(STORE_PFN)?, &value, "a parameter")?;
     }
     Ok(())
 }
@@ -126,9 +132,13 @@ fn params(host: &dyn Host) -> Result<(), Violation> {
 fn bad_params(host: &dyn Host) -> Result<(), Violation> {
     let guest = Guest::new(host, GuestKind::Hvm, 1, 16)?;
     for index in [1000, u32::MAX] {
-        fails(guest.hvm_param(index), Errno::EINVAL, "no such parameter")?;
         fails(
-            guest.set_hvm_param(index, 1),
+            guest.hvm()?.hvm_param(index),
+            Errno::EINVAL,
+            "no such parameter",
+        )?;
+        fails(
+            guest.hvm()?.set_hvm_param(index, 1),
             Errno::EINVAL,
             "no such parameter",
         )?;
@@ -136,7 +146,7 @@ fn bad_params(host: &dyn Host) -> Result<(), Violation> {
     // HVM_PARAM_TIMER_MODE, X87_FIP_WIDTH, NR_IOREQ_SERVER_PAGES.
     for (index, value) in [(10, 4), (36, 3), (33, 0)] {
         fails(
-            guest.set_hvm_param(index, value),
+            guest.hvm()?.set_hvm_param(index, value),
             Errno::EINVAL,
             "out of range",
         )?;
@@ -146,12 +156,16 @@ fn bad_params(host: &dyn Host) -> Result<(), Violation> {
 
 fn set_once(host: &dyn Host) -> Result<(), Violation> {
     let guest = Guest::new(host, GuestKind::Hvm, 1, 16)?;
-    guest.set_hvm_param(IOREQ_PFN, 0xf_effd)?;
-    guest.set_hvm_param(IOREQ_PFN, 0xf_effd)?;
+    guest.hvm()?.set_hvm_param(IOREQ_PFN, 0xf_effd)?;
+    guest.hvm()?.set_hvm_param(IOREQ_PFN, 0xf_effd)?;
     fails(
-        guest.set_hvm_param(IOREQ_PFN, 0xf_effe),
+        guest.hvm()?.set_hvm_param(IOREQ_PFN, 0xf_effe),
         Errno::EEXIST,
         "another value",
     )?;
-    equal(&guest.hvm_param(IOREQ_PFN)?, &0xf_effd, "a parameter")
+    equal(
+        &guest.hvm()?.hvm_param(IOREQ_PFN)?,
+        &0xf_effd,
+        "a parameter",
+    )
 }

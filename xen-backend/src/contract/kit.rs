@@ -5,7 +5,7 @@ use std::ops::Deref;
 use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
 
 use super::Violation;
-use crate::{Access, BackendError, DomId, Domain, GuestKind, Host, NewDomain};
+use crate::{Access, BackendError, DomId, Domain, GuestKind, Host, HvmGuest, NewDomain, PvGuest};
 
 pub(super) const PRESENT: u64 = 1;
 pub(super) const RW: u64 = 1 << 1;
@@ -69,12 +69,26 @@ impl Guest {
         Ok((guest, gfns))
     }
 
+    /// The calls for a PV guest.
+    pub(super) fn pv(&self) -> Result<&dyn PvGuest, Violation> {
+        self.domain
+            .pv()
+            .ok_or_else(|| Violation("a PV guest has no calls of a PV guest".to_owned()))
+    }
+
+    /// The calls for a translated guest.
+    pub(super) fn hvm(&self) -> Result<&dyn HvmGuest, Violation> {
+        self.domain
+            .hvm()
+            .ok_or_else(|| Violation("a translated guest has no calls of one".to_owned()))
+    }
+
     /// Make a PV guest 32 bits wide; false if the hypervisor has no such guests.
-    pub(super) fn narrow(&self) -> Result<bool, BackendError> {
-        match self.set_guest_width(4) {
+    pub(super) fn narrow(&self) -> Result<bool, Violation> {
+        match self.pv()?.set_guest_width(4) {
             Ok(()) => Ok(true),
             Err(error) if error.errno == nix::errno::Errno::EOPNOTSUPP => Ok(false),
-            Err(error) => Err(error),
+            Err(error) => Err(error.into()),
         }
     }
 

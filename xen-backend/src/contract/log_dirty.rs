@@ -81,7 +81,7 @@ fn on_and_off(host: &dyn Host) -> Result<(), Violation> {
 
 fn final_read(host: &dyn Host) -> Result<(), Violation> {
     let (guest, _) = Guest::with_pages(host, GuestKind::Hvm, 16)?;
-    guest.set_hvm_context(&kit::hvm_context())?;
+    guest.hvm()?.set_hvm_context(&kit::hvm_context())?;
     guest.enable_log_dirty()?;
     guest.unpause()?;
     let wild = guest.read_dirty(DirtyRead::CleanFinal, &mut DirtyBitmap::new(16));
@@ -119,7 +119,7 @@ fn pinned_table(host: &dyn Host) -> Result<(), Violation> {
     if !enable(&guest, GuestKind::Pv)? {
         return Ok(());
     }
-    guest.pin_tables(&[(1, mfn(frames[0]))])?;
+    guest.pv()?.pin_tables(&[(1, mfn(frames[0]))])?;
     for how in [DirtyRead::Peek, DirtyRead::Peek, DirtyRead::Clean] {
         equal(&read(&guest, how, 71)?, &vec![70], "dirty")?;
     }

@@ -214,7 +214,7 @@ fn pv_populated_twice(host: &dyn Host) -> Result<(), Violation> {
     let mut frames = [Gfn(5), Gfn(5)];
     equal(&guest.populate(0, &mut frames)?, &2, "pages")?;
     ensure(frames[0] != frames[1], "two frames")?;
-    let m2p = guest.m2p()?;
+    let m2p = guest.pv()?.m2p()?;
     for frame in frames {
         equal(
             &m2p.pfn(kit::mfn(frame)).map(|pfn| pfn.0),

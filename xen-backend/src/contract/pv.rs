@@ -5,7 +5,7 @@ use xsr_format::frame::{Gfn, PageType};
 
 use super::kit::{Guest, NO_PFN, PRESENT, context, entry, mfn, put};
 use super::{Check, Violation, ensure, equal, fails};
-use crate::{GuestKind, Host, VcpuBlob};
+use crate::{Domain, GuestKind, Host, VcpuBlob};
 
 pub(super) const CHECKS: &[(&str, Check)] = &[
     ("a translated guest has nothing of PV", not_pv),
@@ -23,52 +23,44 @@ pub(super) const CHECKS: &[(&str, Check)] = &[
 fn not_pv(host: &dyn Host) -> Result<(), Violation> {
     for kind in [GuestKind::Hvm, GuestKind::Pvh] {
         let guest = Guest::new(host, kind, 1, 1)?;
-        fails(guest.guest_width(), Errno::EOPNOTSUPP, "guest_width")?;
-        fails(
-            guest.set_guest_width(8),
-            Errno::EOPNOTSUPP,
-            "set_guest_width",
-        )?;
-        fails(guest.m2p(), Errno::EINVAL, "m2p")?;
-        fails(
-            guest.vcpu_state(0, VcpuBlob::Msrs),
-            Errno::EINVAL,
-            "vcpu_state",
-        )?;
-        fails(
-            guest.set_vcpu_state(0, VcpuBlob::Msrs, &[]),
-            Errno::EINVAL,
-            "set_vcpu_state",
-        )?;
-        fails(guest.pin_tables(&[]), Errno::EINVAL, "pin_tables")?;
+        ensure(Domain::pv(&*guest).is_none(), "its role is not PV")?;
+        ensure(Domain::hvm(&*guest).is_some(), "its role is HVM")?;
     }
     Ok(())
 }
 
 fn width(host: &dyn Host) -> Result<(), Violation> {
     let guest = Guest::new(host, GuestKind::Pv, 1, 1)?;
-    equal(&guest.guest_width()?, &8, "a new domain's width")?;
+    equal(&guest.pv()?.guest_width()?, &8, "a new domain's width")?;
     for bad in [0, 2, 16] {
-        fails(guest.set_guest_width(bad), Errno::EINVAL, "another width")?;
+        fails(
+            guest.pv()?.set_guest_width(bad),
+            Errno::EINVAL,
+            "another width",
+        )?;
     }
-    guest.set_guest_width(8)?;
+    guest.pv()?.set_guest_width(8)?;
     if !guest.narrow()? {
         return Ok(());
     }
-    equal(&guest.guest_width()?, &4, "width")?;
-    fails(guest.set_guest_width(8), Errno::EINVAL, "back to 8")?;
+    equal(&guest.pv()?.guest_width()?, &4, "width")?;
+    fails(guest.pv()?.set_guest_width(8), Errno::EINVAL, "back to 8")?;
     guest.populate(0, &mut [Gfn(0)])?;
-    guest.set_guest_width(4)?;
-    equal(&guest.guest_width()?, &4, "width")?;
+    guest.pv()?.set_guest_width(4)?;
+    equal(&guest.pv()?.guest_width()?, &4, "width")?;
     let wide = Guest::new(host, GuestKind::Pv, 1, 1)?;
     wide.populate(0, &mut [Gfn(0)])?;
-    wide.set_guest_width(8)?;
-    fails(wide.set_guest_width(4), Errno::EACCES, "4 with memory")
+    wide.pv()?.set_guest_width(8)?;
+    fails(
+        wide.pv()?.set_guest_width(4),
+        Errno::EACCES,
+        "4 with memory",
+    )
 }
 
 fn m2p(host: &dyn Host) -> Result<(), Violation> {
     let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 1000)?;
-    let m2p = guest.m2p()?;
+    let m2p = guest.pv()?.m2p()?;
     for (pfn, frame) in (0..).zip(&frames) {
         ensure(mfn(*frame) <= m2p.max_mfn(), "no frame beyond the machine")?;
         equal(&m2p.pfn(mfn(*frame)).map(|pfn| pfn.0), &Some(pfn), "pfn")?;
@@ -107,7 +99,7 @@ fn shared_info(host: &dyn Host) -> Result<(), Violation> {
 fn fresh_vcpu(host: &dyn Host) -> Result<(), Violation> {
     let guest = Guest::new(host, GuestKind::Pv, 2, 1)?;
     fails(
-        guest.vcpu_state(1, VcpuBlob::Basic),
+        guest.pv()?.vcpu_state(1, VcpuBlob::Basic),
         Errno::ENODATA,
         "basic",
     )?;
@@ -117,9 +109,13 @@ fn fresh_vcpu(host: &dyn Host) -> Result<(), Violation> {
         VcpuBlob::Xsave,
         VcpuBlob::Msrs,
     ] {
-        fails(guest.vcpu_state(2, blob), Errno::EINVAL, "no such vcpu")?;
         fails(
-            guest.set_vcpu_state(2, blob, &[0; 64]),
+            guest.pv()?.vcpu_state(2, blob),
+            Errno::EINVAL,
+            "no such vcpu",
+        )?;
+        fails(
+            guest.pv()?.set_vcpu_state(2, blob, &[0; 64]),
             Errno::EINVAL,
             "no such vcpu",
         )?;
@@ -135,9 +131,9 @@ fn context_round_trip(host: &dyn Host) -> Result<(), Violation> {
     put(&mut basic, 0x1378 + 8, frames[9].0 << 12 | 1);
     // edx: Xen does not check it.
     put(&mut basic, 0x268, frames[5].0);
-    guest.set_vcpu_state(0, VcpuBlob::Basic, &basic)?;
+    guest.pv()?.set_vcpu_state(0, VcpuBlob::Basic, &basic)?;
     put(&mut basic, 0x1378 + 8, frames[9].0 << 12);
-    let got = guest.vcpu_state(0, VcpuBlob::Basic)?;
+    let got = guest.pv()?.vcpu_state(0, VcpuBlob::Basic)?;
     equal(&got.len(), &basic.len(), "length")?;
     for (what, range) in [
         ("edx", 0x268..0x270),
@@ -149,7 +145,7 @@ fn context_round_trip(host: &dyn Host) -> Result<(), Violation> {
     // Tables cannot be replaced once they are set either.
     put(&mut basic, 0x1378 + 24, frames[9].0 << 12);
     fails(
-        guest.set_vcpu_state(0, VcpuBlob::Basic, &basic),
+        guest.pv()?.set_vcpu_state(0, VcpuBlob::Basic, &basic),
         Errno::EOPNOTSUPP,
         "another root",
     )
@@ -161,7 +157,7 @@ fn context_references(host: &dyn Host) -> Result<(), Violation> {
     let mut basic = context(frames[3]);
     put(&mut basic, 0x12e0, frames[6].0);
     put(&mut basic, 0x1360, 16);
-    guest.set_vcpu_state(0, VcpuBlob::Basic, &basic)?;
+    guest.pv()?.set_vcpu_state(0, VcpuBlob::Basic, &basic)?;
     let expected = [
         PageType::L1TAB,
         PageType::L2TAB,
@@ -175,12 +171,12 @@ fn context_references(host: &dyn Host) -> Result<(), Violation> {
         "type of the GDT",
     )?;
     fails(
-        guest.pin_tables(&[(1, mfn(frames[6]))]),
+        guest.pv()?.pin_tables(&[(1, mfn(frames[6]))]),
         Errno::EINVAL,
         "the GDT as a table",
     )?;
     // A restorer does this: it pins a table that a context already refers to.
-    guest.pin_tables(&[(4, mfn(frames[3]))])?;
+    guest.pv()?.pin_tables(&[(4, mfn(frames[3]))])?;
     Ok(())
 }
 
@@ -189,7 +185,7 @@ fn bad_contexts(host: &dyn Host) -> Result<(), Violation> {
     let (_other, others) = Guest::with_pages(host, GuestKind::Pv, 1)?;
     guest.write_tables(&frames, frames[8], PRESENT)?;
     guest.write(frames[10], &[(0, entry(Gfn(0), PRESENT))])?;
-    guest.pin_tables(&[(1, mfn(frames[0]))])?;
+    guest.pv()?.pin_tables(&[(1, mfn(frames[0]))])?;
     let good = context(frames[3]);
     let with = |changes: &[(usize, u64)]| {
         let mut context = good.clone();
@@ -227,16 +223,16 @@ fn bad_contexts(host: &dyn Host) -> Result<(), Violation> {
         ("a root that is no frame", with(&[(cr3, 1 << 51)])),
     ];
     for (what, context) in bad {
-        let set = guest.set_vcpu_state(0, VcpuBlob::Basic, &context);
+        let set = guest.pv()?.set_vcpu_state(0, VcpuBlob::Basic, &context);
         fails(set, Errno::EINVAL, what)?;
     }
     // No context was set.
     fails(
-        guest.vcpu_state(0, VcpuBlob::Basic),
+        guest.pv()?.vcpu_state(0, VcpuBlob::Basic),
         Errno::ENODATA,
         "basic",
     )?;
-    guest.set_vcpu_state(0, VcpuBlob::Basic, &good)?;
+    guest.pv()?.set_vcpu_state(0, VcpuBlob::Basic, &good)?;
     Ok(())
 }
 
@@ -271,23 +267,23 @@ fn other_blobs(host: &dyn Host) -> Result<(), Violation> {
         (VcpuBlob::Msrs, msrs),
     ];
     for (kind, blob) in blobs {
-        match guest.set_vcpu_state(0, kind, &blob) {
+        match guest.pv()?.set_vcpu_state(0, kind, &blob) {
             // A machine without RDTSCP has no TSC_AUX to set.
             Err(error) if kind == VcpuBlob::Msrs && error.errno == Errno::EINVAL => {
-                let fresh = guest.vcpu_state(0, kind)?;
-                guest.set_vcpu_state(0, kind, &fresh)?;
+                let fresh = guest.pv()?.vcpu_state(0, kind)?;
+                guest.pv()?.set_vcpu_state(0, kind, &fresh)?;
                 continue;
             }
             set => set?,
         }
-        let got = guest.vcpu_state(0, kind)?;
+        let got = guest.pv()?.vcpu_state(0, kind)?;
         match kind {
             // The area may be returned for all features that the vcpu could use, with unused
             // registers in their state after a reset.
             VcpuBlob::Xsave => {
                 ensure(got.len() >= blob.len(), "bytes of an XSAVE area")?;
-                guest.set_vcpu_state(0, kind, &got)?;
-                equal(&guest.vcpu_state(0, kind)?, &got, "an XSAVE area")?;
+                guest.pv()?.set_vcpu_state(0, kind, &got)?;
+                equal(&guest.pv()?.vcpu_state(0, kind)?, &got, "an XSAVE area")?;
             }
             _ => equal(&got, &blob, "a blob")?,
         }
@@ -309,7 +305,7 @@ fn bad_blobs(host: &dyn Host) -> Result<(), Violation> {
         (VcpuBlob::Msrs, unlisted),
     ];
     for (kind, blob) in bad {
-        let set = guest.set_vcpu_state(0, kind, &blob);
+        let set = guest.pv()?.set_vcpu_state(0, kind, &blob);
         fails(
             set,
             Errno::EINVAL,

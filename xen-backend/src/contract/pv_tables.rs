@@ -38,7 +38,7 @@ pub(super) const CHECKS: &[(&str, Check)] = &[
 fn pin(host: &dyn Host) -> Result<(), Violation> {
     let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
     guest.write_tables(&frames, frames[4], RW | PRESENT)?;
-    guest.pin_tables(&[(4, mfn(frames[3]))])?;
+    guest.pv()?.pin_tables(&[(4, mfn(frames[3]))])?;
     let expected = [
         PageType::L1TAB,
         PageType::L2TAB,
@@ -48,7 +48,9 @@ fn pin(host: &dyn Host) -> Result<(), Violation> {
     ];
     equal(&guest.types(&frames[..5])?, &expected.to_vec(), "types")?;
     // A page that is already a table can be pinned as such.
-    guest.pin_tables(&[(1, mfn(frames[0])), (2, mfn(frames[1]))])?;
+    guest
+        .pv()?
+        .pin_tables(&[(1, mfn(frames[0])), (2, mfn(frames[1]))])?;
     let types = guest.types(&frames[..2])?;
     equal(
         &types,
@@ -61,7 +63,8 @@ fn bad_pins(host: &dyn Host) -> Result<(), Violation> {
     let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
     let (_other, others) = Guest::with_pages(host, GuestKind::Pv, 1)?;
     guest.write_tables(&frames, frames[4], PRESENT)?;
-    let pin = |level, mfn| guest.pin_tables(&[(level, mfn)]);
+    let pv = guest.pv()?;
+    let pin = |level, mfn| pv.pin_tables(&[(level, mfn)]);
     refused(pin(0, mfn(frames[3])), "level 0")?;
     refused(pin(5, mfn(frames[3])), "level 5")?;
     refused(pin(1, mfn(others[0])), "another guest's frame")?;
@@ -80,15 +83,19 @@ fn mapped_tables(host: &dyn Host) -> Result<(), Violation> {
     let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
     // The level-1 table maps the level-2 table above it.
     guest.write_tables(&frames, frames[1], RW | PRESENT)?;
-    let pin = || guest.pin_tables(&[(4, mfn(frames[3]))]);
+    let pv = guest.pv()?;
+    let pin = || pv.pin_tables(&[(4, mfn(frames[3]))]);
     refused(pin(), "writable")?;
     guest.write(frames[0], &[(0, entry(frames[1], PRESENT))])?;
     pin()?;
     // A page with a writable mapping cannot become a table.
     let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
     guest.write(frames[0], &[(9, entry(frames[1], RW | PRESENT))])?;
-    guest.pin_tables(&[(1, mfn(frames[0]))])?;
-    refused(guest.pin_tables(&[(1, mfn(frames[1]))]), "mapped writable")
+    guest.pv()?.pin_tables(&[(1, mfn(frames[0]))])?;
+    refused(
+        guest.pv()?.pin_tables(&[(1, mfn(frames[1]))]),
+        "mapped writable",
+    )
 }
 
 fn foreign_entries(host: &dyn Host) -> Result<(), Violation> {
@@ -97,7 +104,7 @@ fn foreign_entries(host: &dyn Host) -> Result<(), Violation> {
         for level in 1..=4 {
             let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 1)?;
             guest.write(frames[0], &[(200, entry(target, PRESENT | ACCESSED))])?;
-            let pinned = guest.pin_tables(&[(level, mfn(frames[0]))]);
+            let pinned = guest.pv()?.pin_tables(&[(level, mfn(frames[0]))]);
             refused(pinned, "an entry to another's frame")?;
         }
     }
@@ -118,12 +125,12 @@ fn reserved_bits(host: &dyn Host) -> Result<(), Violation> {
             };
             guest.write_tables(&frames, frames[4], RW | PRESENT)?;
             guest.write(frames[at], &[(0, entry(target, flags | bad))])?;
-            let pinned = guest.pin_tables(&[(4, mfn(frames[3]))]);
+            let pinned = guest.pv()?.pin_tables(&[(4, mfn(frames[3]))]);
             refused(pinned, "an entry with a reserved bit")?;
             // No-execute and the software bits are allowed.
             let good = 1 << 63 | 0xe00;
             guest.write(frames[at], &[(0, entry(target, flags | good))])?;
-            guest.pin_tables(&[(4, mfn(frames[3]))])?;
+            guest.pv()?.pin_tables(&[(4, mfn(frames[3]))])?;
         }
     }
     Ok(())
@@ -133,7 +140,7 @@ fn partial_pins(host: &dyn Host) -> Result<(), Violation> {
     let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 3)?;
     guest.write(frames[1], &[(0, entry(Gfn(0), PRESENT))])?;
     let pins = [0, 1, 2].map(|n: usize| (1, mfn(frames[n])));
-    refused(guest.pin_tables(&pins), "the second of three")?;
+    refused(guest.pv()?.pin_tables(&pins), "the second of three")?;
     let expected = [PageType::L1TAB_PINNED, PageType::NOTAB, PageType::NOTAB];
     equal(&guest.types(&frames)?, &expected.to_vec(), "types")
 }
@@ -143,7 +150,7 @@ fn failed_pin_undone(host: &dyn Host) -> Result<(), Violation> {
     guest.write_tables(&frames, frames[4], RW | PRESENT)?;
     guest.write(frames[3], &[(5, entry(Gfn(0), TABLE))])?;
     refused(
-        guest.pin_tables(&[(4, mfn(frames[3]))]),
+        guest.pv()?.pin_tables(&[(4, mfn(frames[3]))]),
         "a bad entry at the top",
     )?;
     equal(
@@ -157,14 +164,14 @@ fn failed_pin_undone(host: &dyn Host) -> Result<(), Violation> {
         "all may be written",
     )?;
     guest.write(frames[4], &[(0, 0)])?;
-    guest.pin_tables(&[(1, mfn(frames[4]))])?;
+    guest.pv()?.pin_tables(&[(1, mfn(frames[4]))])?;
     Ok(())
 }
 
 fn write_tables(host: &dyn Host) -> Result<(), Violation> {
     let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
     guest.write_tables(&frames, frames[4], RW | PRESENT)?;
-    guest.pin_tables(&[(4, mfn(frames[3]))])?;
+    guest.pv()?.pin_tables(&[(4, mfn(frames[3]))])?;
     let pages = guest.map(&frames, Access::Write)?;
     let failed: Vec<_> = pages
         .failed()
@@ -184,7 +191,7 @@ fn linear_tables(host: &dyn Host) -> Result<(), Violation> {
         let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
         guest.write_tables(&frames, frames[4], PRESENT)?;
         guest.write(frames[3], &[(300, entry(frames[3], flags))])?;
-        let pinned = guest.pin_tables(&[(4, mfn(frames[3]))]);
+        let pinned = guest.pv()?.pin_tables(&[(4, mfn(frames[3]))]);
         match fine {
             true => pinned?,
             false => refused(pinned, "with write permission")?,
@@ -198,8 +205,8 @@ fn xen_slots(host: &dyn Host) -> Result<(), Violation> {
     guest.write_tables(&frames, frames[4], PRESENT)?;
     // Xen overwrites these, whatever the guest left there.
     guest.write(frames[3], &[(256, u64::MAX), (271, 1)])?;
-    guest.pin_tables(&[(4, mfn(frames[3]))])?;
-    let m2p = guest.m2p()?;
+    guest.pv()?.pin_tables(&[(4, mfn(frames[3]))])?;
+    let m2p = guest.pv()?.m2p()?;
     let entries = guest.read(frames[3])?;
     let xen: Vec<u64> = entries[256..272]
         .iter()
@@ -230,7 +237,8 @@ fn pae_tables(host: &dyn Host) -> Result<(), Violation> {
     }
     let mut frames: Vec<Gfn> = (0..8).map(Gfn).collect();
     guest.populate(0, &mut frames)?;
-    let pin = |frame: Gfn, level| guest.pin_tables(&[(level, mfn(frame))]);
+    let pv = guest.pv()?;
+    let pin = |frame: Gfn, level| pv.pin_tables(&[(level, mfn(frame))]);
     guest.write(
         frames[1],
         &[(0, entry(frames[0], TABLE)), (PAE_XEN_SLOT, u64::MAX)],
@@ -241,7 +249,7 @@ fn pae_tables(host: &dyn Host) -> Result<(), Violation> {
     let types = guest.types(&frames[..3])?;
     let expected = [PageType::L1TAB, PageType::L2TAB, PageType::L3TAB_PINNED];
     equal(&types, &expected.to_vec(), "types")?;
-    let compat = guest.m2p()?.compat_first();
+    let compat = guest.pv()?.m2p()?.compat_first();
     let slot = guest.read(frames[1])?[PAE_XEN_SLOT];
     equal(
         &((slot & ((1 << 52) - 1)) >> 12),

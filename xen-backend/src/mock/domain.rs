@@ -17,7 +17,10 @@ use super::phases::phase;
 use super::state::{Dom, MAX_PFNS, State, Writing};
 use crate::error::{BackendError, MapError};
 use crate::pages::{Access, ForeignPages};
-use crate::{DomId, DomainControl, DomainInfo, GuestKind, GuestMemory, ShutdownReason, XenVersion};
+use crate::{
+    DomId, Domain, DomainControl, DomainInfo, GuestKind, GuestMemory, GuestRole, ShutdownReason,
+    XenVersion,
+};
 
 /// The most frames of one `getpageframeinfo3`.
 const MAX_TYPE_BATCH: usize = 1024;
@@ -236,6 +239,15 @@ fn errno_of(error: &MockError) -> Errno {
     match error {
         MockError::Busy { .. } => Errno::ETIMEDOUT,
         _ => Errno::EIO,
+    }
+}
+
+impl Domain for MockDomain {
+    fn guest_role(&self) -> GuestRole<'_> {
+        match self.dom.kind {
+            GuestKind::Pv => GuestRole::Pv(self),
+            GuestKind::Hvm | GuestKind::Pvh => GuestRole::Hvm(self),
+        }
     }
 }
 

@@ -51,28 +51,24 @@ impl XenDomain {
 impl HvmGuest for XenDomain {
     fn hvm_context(&self) -> Result<Vec<u8>, BackendError> {
         const OP: &str = "gethvmcontext";
-        self.translated(OP)?;
         self.read_hvm_context()
             .map_err(|errno| self.fail(OP, errno))
     }
 
     fn set_hvm_context(&self, context: &[u8]) -> Result<(), BackendError> {
         const OP: &str = "sethvmcontext";
-        self.translated(OP)?;
         self.write_hvm_context(context)
             .map_err(|errno| self.fail(OP, errno))
     }
 
     fn hvm_param(&self, index: u32) -> Result<u64, BackendError> {
         const OP: &str = "get_param";
-        self.translated(OP)?;
         self.param(sys::HVMOP_get_param, index, 0)
             .map_err(|errno| self.fail(OP, errno))
     }
 
     fn set_hvm_param(&self, index: u32, value: u64) -> Result<(), BackendError> {
         const OP: &str = "set_param";
-        self.translated(OP)?;
         self.param(sys::HVMOP_set_param, index, value)
             .map(drop)
             .map_err(|errno| self.fail(OP, errno))

@@ -212,13 +212,11 @@ const fn names(blob: VcpuBlob) -> (&'static str, &'static str) {
 impl PvGuest for XenDomain {
     fn guest_width(&self) -> Result<u8, BackendError> {
         const OP: &str = "get_address_size";
-        self.pv_or(OP, Errno::EOPNOTSUPP)?;
         self.width().map_err(|errno| self.fail(OP, errno))
     }
 
     fn set_guest_width(&self, width: u8) -> Result<(), BackendError> {
         const OP: &str = "set_address_size";
-        self.pv_or(OP, Errno::EOPNOTSUPP)?;
         let fail = |errno| self.fail(OP, errno);
         // The width stays the same: make no call, because Xen refuses it for a domain that has
         // memory.
@@ -239,13 +237,11 @@ impl PvGuest for XenDomain {
 
     fn m2p(&self) -> Result<M2p, BackendError> {
         const OP: &str = "machphys_mfn_list";
-        self.pv_or(OP, Errno::EINVAL)?;
         self.map_m2p().map_err(|errno| self.fail(OP, errno))
     }
 
     fn vcpu_state(&self, vcpu: u32, blob: VcpuBlob) -> Result<Vec<u8>, BackendError> {
         let (op, _) = names(blob);
-        self.pv_or(op, Errno::EINVAL)?;
         self.vcpu_exists(vcpu)
             .and_then(|()| match blob {
                 VcpuBlob::Basic => {
@@ -264,7 +260,6 @@ impl PvGuest for XenDomain {
 
     fn set_vcpu_state(&self, vcpu: u32, blob: VcpuBlob, state: &[u8]) -> Result<(), BackendError> {
         let (_, op) = names(blob);
-        self.pv_or(op, Errno::EINVAL)?;
         self.vcpu_exists(vcpu)
             .and_then(|()| match blob {
                 VcpuBlob::Basic => self.set_basic(vcpu, state),
@@ -277,7 +272,6 @@ impl PvGuest for XenDomain {
 
     fn pin_tables(&self, tables: &[(u8, Mfn)]) -> Result<(), BackendError> {
         const OP: &str = "mmuext_op";
-        self.pv_or(OP, Errno::EINVAL)?;
         let fail = |errno| self.fail(OP, errno);
         if tables.len() > MAX_PIN_BATCH {
             return Err(fail(Errno::E2BIG));

@@ -93,7 +93,10 @@ fn a_restored_domain_is_placed_and_timed_as_xapi_says() {
     );
     assert_eq!((placed.weight, placed.cap), (512, 75));
     assert_eq!(host.settings(DOMID).unwrap().time_offset_seconds, -3600);
-    assert_eq!(host.domain(DOMID).unwrap().hvm_param(11), Ok(0));
+    assert_eq!(
+        host.domain(DOMID).unwrap().hvm().unwrap().hvm_param(11),
+        Ok(0)
+    );
 }
 
 #[test]
@@ -108,7 +111,10 @@ fn a_domain_without_keys_has_an_hpet_and_nothing_else() {
         ended.succeeded();
         assert_eq!(host.placement(DOMID).unwrap(), Default::default());
         assert_eq!(host.settings(DOMID).unwrap().time_offset_seconds, 0);
-        assert_eq!(host.domain(DOMID).unwrap().hvm_param(11), Ok(1));
+        assert_eq!(
+            host.domain(DOMID).unwrap().hvm().unwrap().hvm_param(11),
+            Ok(1)
+        );
     }
 }
 
@@ -183,7 +189,7 @@ fn with_generation_id(address: u64) -> Vec<u8> {
     {
         let host = MockHost::open(&machine).unwrap();
         let domain = host.domain(DOMID).unwrap();
-        domain.set_hvm_param(34, address).unwrap();
+        domain.hvm().unwrap().set_hvm_param(34, address).unwrap();
     }
     let mut target = Target::new(Kind::Pipe, dir.path(), true);
     let mut xenopsd = Xenopsd::start(&machine, "-mode hvm_save", target.fd());

@@ -79,11 +79,14 @@ impl Tail {
 
 impl QemuRecord {
     /// Encodes the record for a stream that does not end with the file.
-    pub(super) fn write(&self, out: &mut Vec<u8>) {
+    pub(super) fn write(&self, out: &mut Vec<u8>) -> Result<(), ReadErrorCause> {
+        let length = u32::try_from(self.state.len());
+        let length = length.map_err(|_| {
+            ReadErrorCause::Bug("the reader has taken more than 4 GiB of a device model's state")
+        })?;
         out.extend_from_slice(&Self::WITH_LENGTH);
-        // The reader limits the length.
-        let length = u32::try_from(self.state.len()).unwrap_or(u32::MAX);
         out.extend_from_slice(&length.to_le_bytes());
         out.extend_from_slice(&self.state);
+        Ok(())
     }
 }

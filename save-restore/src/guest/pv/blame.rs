@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use xsr_format::frame::{Gfn, Mfn, Pfn};
 use xsr_format::record::pv::PvInfo;
-use xsr_xen_backend::{Access, Domain, M2p};
+use xsr_xen_backend::{Access, Domain, M2p, PvGuest};
 
 use crate::error::{GuestError, RestoreError};
 use crate::guest::pv::p2m::NewP2m;
@@ -28,13 +28,13 @@ const MOST_TABLES: usize = 1 << 14;
 /// The first entry below `root` that no hypervisor accepts; `None` if there is none, or if none was
 /// found within the limit.
 pub(crate) fn table(
-    domain: &dyn Domain,
+    (domain, guest): (&dyn Domain, &dyn PvGuest),
     p2m: &NewP2m,
     info: PvInfo,
     vcpu: u32,
     root: Pfn,
 ) -> Result<Option<GuestError>, RestoreError> {
-    let m2p = domain.m2p()?;
+    let m2p = guest.m2p()?;
     let mut seen = BTreeSet::new();
     let mut level_pfns = vec![root];
     for level in (1..=info.levels()).rev() {

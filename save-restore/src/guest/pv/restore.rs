@@ -6,7 +6,9 @@ use xsr_format::frame::{Gfn, Mfn, PAGE_SHIFT, Page, Pfn};
 use xsr_format::guest_image::GuestImage;
 use xsr_format::record::pv::PvInfo;
 use xsr_format::record::{MAX_BATCH, RecordKind};
-use xsr_xen_backend::{Access, BackendError, Domain, Errno, ForeignPages, RingGrant, VcpuBlob};
+use xsr_xen_backend::{
+    Access, BackendError, Domain, Errno, ForeignPages, PvGuest, RingGrant, VcpuBlob,
+};
 
 use crate::error::{GuestError, RestoreError};
 use crate::guest::pv::blame;
@@ -17,16 +19,17 @@ use crate::guest::x86;
 use crate::restore::Rings;
 
 /// The restore side.
-#[derive(Debug)]
-pub(crate) struct PvRestore {
+pub(crate) struct PvRestore<'r> {
+    guest: &'r dyn PvGuest,
     info: PvInfo,
     max_pfn: Pfn,
     pub(crate) p2m: SharedP2m,
 }
 
-impl PvRestore {
-    pub(crate) fn new() -> Self {
+impl<'r> PvRestore<'r> {
+    pub(crate) fn new(guest: &'r dyn PvGuest) -> Self {
         Self {
+            guest,
             info: PvInfo::Bits64,
             max_pfn: Pfn(0),
             p2m: SharedP2m::default(),
@@ -40,13 +43,9 @@ impl PvRestore {
 
     /// X86_PV_INFO: gives the domain the guest's word width. A new domain is 64 bits wide, and Xen
     /// does not know of a 32-bit guest before this.
-    pub(crate) fn pv_info(
-        &mut self,
-        domain: &dyn Domain,
-        info: PvInfo,
-    ) -> Result<(), RestoreError> {
-        if guest_info(domain)?? != info {
-            domain.set_guest_width(info.width())?;
+    pub(crate) fn pv_info(&mut self, info: PvInfo) -> Result<(), RestoreError> {
+        if guest_info(self.guest)?? != info {
+            self.guest.set_guest_width(info.width())?;
         }
         self.info = info;
         Ok(())
@@ -75,7 +74,13 @@ impl PvRestore {
         if kind == RecordKind::X86_PV_VCPU_BASIC {
             let cr3 = vcpu::ctrlreg(3).get(self.info, state);
             let root = Pfn(cr3_to_frame(self.info, cr3));
-            match blame::table(domain, &self.p2m.read(), self.info, vcpu, root) {
+            match blame::table(
+                (domain, self.guest),
+                &self.p2m.read(),
+                self.info,
+                vcpu,
+                root,
+            ) {
                 Ok(None) => {}
                 Ok(Some(error)) => return error.into(),
                 Err(error) => tracing::debug!(%error, "the page tables could not be looked at"),
@@ -116,14 +121,14 @@ impl PvRestore {
                         rings = self.start_info(domain, &mut context, ports)?;
                     }
                     self.localise_context(id, &mut context)?;
-                    domain.set_vcpu_state(id, *blob, &context)
+                    self.guest.set_vcpu_state(id, *blob, &context)
                 } else {
-                    domain.set_vcpu_state(id, *blob, state)
+                    self.guest.set_vcpu_state(id, *blob, state)
                 };
                 set.map_err(|cause| self.vcpu_refused(domain, id, *kind, state, cause))?;
             }
         }
-        self.pin_tables(domain, go_on)?;
+        self.pin_tables(go_on)?;
         let frames = image.p2m().map_or(&[][..], |p2m| &p2m.frames);
         self.p2m
             .read()
@@ -261,7 +266,6 @@ impl PvRestore {
     /// restorer uses.
     fn pin_tables(
         &self,
-        domain: &dyn Domain,
         go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
     ) -> Result<(), RestoreError> {
         let tables: Vec<(u8, Mfn)> = self
@@ -279,7 +283,7 @@ impl PvRestore {
             .collect::<Result<_, _>>()?;
         for batch in tables.chunks(MAX_BATCH) {
             go_on()?;
-            domain.pin_tables(batch)?;
+            self.guest.pin_tables(batch)?;
         }
         Ok(())
     }

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use xsr_format::frame::{Gfn, Mfn, PageType};
 use xsr_xen_backend::{
     Access, BackendError, CpuPolicy, DirtyBitmap, DirtyRead, DirtyStats, DomId, Domain,
-    DomainControl, DomainInfo, Errno, ForeignPages, GuestMemory, HvmGuest, LogDirty, M2p, MapError,
-    PvGuest, RingGrant, TscInfo, VcpuBlob, X86Platform, XenVersion,
+    DomainControl, DomainInfo, Errno, ForeignPages, GuestMemory, GuestRole, HvmGuest, LogDirty,
+    M2p, MapError, PvGuest, RingGrant, TscInfo, VcpuBlob, X86Platform, XenVersion,
 };
 
 /// Which of several frames or extents.
@@ -417,38 +417,57 @@ impl X86Platform for Faulty {
     }
 }
 
+impl Domain for Faulty {
+    fn guest_role(&self) -> GuestRole<'_> {
+        match self.inner.guest_role() {
+            GuestRole::Pv(_) => GuestRole::Pv(self),
+            GuestRole::Hvm(_) => GuestRole::Hvm(self),
+        }
+    }
+}
+
+fn pv(domain: &dyn Domain) -> &dyn PvGuest {
+    domain.pv().expect("the engine asked for the role")
+}
+
+fn hvm(domain: &dyn Domain) -> &dyn HvmGuest {
+    domain.hvm().expect("the engine asked for the role")
+}
+
 impl PvGuest for Faulty {
     fn guest_width(&self) -> Result<u8, BackendError> {
-        self.call("guest_width", |d| d.guest_width())
+        self.call("guest_width", |d| pv(d).guest_width())
     }
     fn set_guest_width(&self, width: u8) -> Result<(), BackendError> {
-        self.call("set_guest_width", |d| d.set_guest_width(width))
+        self.call("set_guest_width", |d| pv(d).set_guest_width(width))
     }
     fn m2p(&self) -> Result<M2p, BackendError> {
-        self.call("m2p", |d| d.m2p())
+        self.call("m2p", |d| pv(d).m2p())
     }
     fn vcpu_state(&self, vcpu: u32, blob: VcpuBlob) -> Result<Vec<u8>, BackendError> {
-        self.call("vcpu_state", |d| d.vcpu_state(vcpu, blob))
+        self.call("vcpu_state", |d| pv(d).vcpu_state(vcpu, blob))
     }
     fn set_vcpu_state(&self, vcpu: u32, blob: VcpuBlob, state: &[u8]) -> Result<(), BackendError> {
-        self.call("set_vcpu_state", |d| d.set_vcpu_state(vcpu, blob, state))
+        self.call("set_vcpu_state", |d| {
+            pv(d).set_vcpu_state(vcpu, blob, state)
+        })
     }
     fn pin_tables(&self, tables: &[(u8, Mfn)]) -> Result<(), BackendError> {
-        self.call("pin_tables", |d| d.pin_tables(tables))
+        self.call("pin_tables", |d| pv(d).pin_tables(tables))
     }
 }
 
 impl HvmGuest for Faulty {
     fn hvm_context(&self) -> Result<Vec<u8>, BackendError> {
-        self.call("hvm_context", |d| d.hvm_context())
+        self.call("hvm_context", |d| hvm(d).hvm_context())
     }
     fn set_hvm_context(&self, context: &[u8]) -> Result<(), BackendError> {
-        self.call("set_hvm_context", |d| d.set_hvm_context(context))
+        self.call("set_hvm_context", |d| hvm(d).set_hvm_context(context))
     }
     fn hvm_param(&self, index: u32) -> Result<u64, BackendError> {
-        self.call("hvm_param", |d| d.hvm_param(index))
+        self.call("hvm_param", |d| hvm(d).hvm_param(index))
     }
     fn set_hvm_param(&self, index: u32, value: u64) -> Result<(), BackendError> {
-        self.call("set_hvm_param", |d| d.set_hvm_param(index, value))
+        self.call("set_hvm_param", |d| hvm(d).set_hvm_param(index, value))
     }
 }

@@ -32,13 +32,16 @@ impl State {
                 let online = domain.vcpu_online(id).unwrap();
                 let of_pv = online && info.kind == GuestKind::Pv;
                 let blobs = blobs.iter().filter(|_| of_pv);
-                let state = blobs.map(|blob| domain.vcpu_state(id, *blob).unwrap());
+                let state = blobs.map(|blob| domain.pv().unwrap().vcpu_state(id, *blob).unwrap());
                 (online, state.collect())
             })
             .collect();
         let hvm = info.kind.is_translated().then(|| {
-            let params = (0..39).filter_map(|index| domain.hvm_param(index).ok());
-            (domain.hvm_context().unwrap(), params.collect())
+            let params = (0..39).filter_map(|index| domain.hvm().unwrap().hvm_param(index).ok());
+            (
+                domain.hvm().unwrap().hvm_context().unwrap(),
+                params.collect(),
+            )
         });
         Self { info, vcpus, hvm }
     }

@@ -41,7 +41,7 @@ struct Is(MemoryDigest, Vec<u8>);
 impl Is {
     fn of(host: &MockHost, domid: DomId, domain: &dyn Domain) -> Self {
         let memory = host.memory_digest(domid).unwrap();
-        Self(memory, domain.hvm_context().unwrap())
+        Self(memory, domain.hvm().unwrap().hvm_context().unwrap())
     }
 
     #[track_caller]

@@ -68,19 +68,30 @@ impl SaveToolstack for Primary<'_> {
         // After 512 bytes of FPU state in both. A PV vcpu has flags before that, which must mark it
         // as online; an HVM context has two descriptors and a header before it.
         if self.kind == GuestKind::Pv {
-            let mut state = self.domain.vcpu_state(0, VcpuBlob::Basic).unwrap();
+            let mut state = self
+                .domain
+                .pv()
+                .unwrap()
+                .vcpu_state(0, VcpuBlob::Basic)
+                .unwrap();
             state[512] |= 1 << 5;
             state[520] = self.epoch;
             self.domain
+                .pv()
+                .unwrap()
                 .set_vcpu_state(0, VcpuBlob::Basic, &state)
                 .unwrap();
         } else {
-            let mut context = self.domain.hvm_context().unwrap();
+            let mut context = self.domain.hvm().unwrap().hvm_context().unwrap();
             let header = u32::from_le_bytes(context[4..8].try_into().unwrap()) as usize;
             let cpu = 8 + header;
             assert_eq!(context[cpu..cpu + 2], [2, 0], "the CPU record");
             context[cpu + 8 + 512] = self.epoch;
-            self.domain.set_hvm_context(&context).unwrap();
+            self.domain
+                .hvm()
+                .unwrap()
+                .set_hvm_context(&context)
+                .unwrap();
         }
         Ok(())
     }

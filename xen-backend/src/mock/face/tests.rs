@@ -143,7 +143,7 @@ fn a_buffer_that_is_on_the_move_is_filled_anew() {
         (gfns, types)
     };
     // Frames for which it matters whether the buffer holds a frame or a type.
-    let last = domain.m2p().unwrap().max_mfn().0 - 1000;
+    let last = domain.pv().unwrap().m2p().unwrap().max_mfn().0 - 1000;
     let (gfns, expected) = (0..last)
         .step_by(1000)
         .map(typed)
@@ -324,7 +324,7 @@ fn a_resumed_guest_is_told_that_its_suspend_was_cancelled() {
     let host = machine.as_xen().unwrap();
     let domid = guest(&machine, GuestKind::Pv);
     let domain = host.domain(domid).unwrap();
-    let eax = || domain.vcpu_state(0, VcpuBlob::Basic).unwrap()[600..608].to_vec();
+    let eax = || domain.pv().unwrap().vcpu_state(0, VcpuBlob::Basic).unwrap()[600..608].to_vec();
     domain.suspend().unwrap();
     assert_eq!(eax(), [0; 8]);
     domain.resume().unwrap();
@@ -333,11 +333,13 @@ fn a_resumed_guest_is_told_that_its_suspend_was_cancelled() {
     let domid = guest(&machine, GuestKind::Hvm);
     let domain = host.domain(domid).unwrap();
     domain
+        .hvm()
+        .unwrap()
         .set_hvm_param(sys::HVM_PARAM_CALLBACK_IRQ, 7)
         .unwrap();
     domain.suspend().unwrap();
     domain.resume().unwrap();
-    let context = domain.hvm_context().unwrap();
+    let context = domain.hvm().unwrap().hvm_context().unwrap();
     assert_eq!(context[552..560], [1, 0, 0, 0, 0, 0, 0, 0]);
 }
 

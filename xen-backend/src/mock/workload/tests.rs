@@ -12,7 +12,7 @@ use crate::mock::frames::FrameUse;
 use crate::mock::layout::{DESCRIPTORS_PER_PAGE, VcpuLayout, read_word};
 use crate::mock::pagetable::tests::check_counts;
 use crate::mock::{GuestSpec, HostConfig, MemoryDigest, P2mStyle};
-use crate::{DirtyBitmap, DirtyRead, Domain, Host, LogDirty, PvGuest, ShutdownReason, VcpuBlob};
+use crate::{DirtyBitmap, DirtyRead, Domain, Host, LogDirty, ShutdownReason, VcpuBlob};
 
 const MIB: u64 = 8;
 const PAGES: u64 = MIB << 8;
@@ -557,7 +557,7 @@ fn a_bad_entry_changes_nothing() {
     let host = host(1);
     let (domid, _) = made(&host, &specs()[0]);
     let domain = host.mock_domain(domid).expect("the guest");
-    let width = domain.guest_width().expect("a PV guest");
+    let width = domain.pv().unwrap().guest_width().expect("a PV guest");
     let frames = domain.machine.frames_of(domid);
     let used_as = |level| {
         let table = frames.iter().copied().find(|mfn| {

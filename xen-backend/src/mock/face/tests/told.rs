@@ -59,7 +59,7 @@ fn a_domain_is_made_with_what_libxl_sets_at_every_restore() {
         let domid = host.create_domain(GuestKind::Pvh, 1, 16).unwrap();
         let domain = host.domain(domid).unwrap();
         // No delay for missed ticks.
-        assert_eq!(domain.hvm_param(10), Ok(1), "4.{minor}");
+        assert_eq!(domain.hvm().unwrap().hvm_param(10), Ok(1), "4.{minor}");
         let mut settings = DomainSettings {
             max_event_port: 4095,
             max_grant_frames: Some(64),
@@ -89,7 +89,10 @@ fn a_domain_is_made_with_what_libxl_sets_at_every_restore() {
         assert_eq!(kept, made);
         let mib = face.state().allocations[&domid.0];
         assert_eq!(u64::from(mib), kib.div_ceil(1024));
-        assert_eq!(host.domain(domid).unwrap().hvm_param(10), Ok(2));
+        assert_eq!(
+            host.domain(domid).unwrap().hvm().unwrap().hvm_param(10),
+            Ok(2)
+        );
         settings.cpupool = 2;
         let new = new.settings(settings);
         match host.create(&new) {
