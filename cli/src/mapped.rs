@@ -74,14 +74,14 @@ pub(crate) fn words(mapped: &Mapped) -> String {
 
 /// The same for JSON.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub(crate) struct Facts {
+pub(crate) struct MappedFacts {
     index_offset: u64,
     records: u64,
     pages: u64,
     page_digests: bool,
 }
 
-impl Facts {
+impl MappedFacts {
     /// The facts of an index.
     pub(crate) fn of(mapped: &Mapped) -> Self {
         let footer = mapped.footer();

@@ -32,7 +32,7 @@ use crate::text::shown_path;
 
 /// Where a command writes, and what it may overwrite.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Plan<'p> {
+pub(crate) struct OutputPlan<'p> {
     /// The path; `-` is stdout.
     pub(crate) path: &'p Path,
     /// The command's inputs; `-` is stdin. The output must not be one of them.
@@ -119,7 +119,7 @@ impl Output {
     /// # Errors
     ///
     /// [`BadUsage`] if the plan would lose something; the file system's error.
-    pub(crate) fn open(plan: &Plan<'_>) -> Result<Self> {
+    pub(crate) fn open(plan: &OutputPlan<'_>) -> Result<Self> {
         let name = match is_dash(plan.path) {
             true => "stdout".to_owned(),
             false => shown_path(plan.path),
@@ -136,7 +136,7 @@ impl Output {
     /// # Errors
     ///
     /// As [`Output::open`]; [`BadUsage`] if it is not a file.
-    pub(crate) fn open_slots(plan: &Plan<'_>) -> Result<Self> {
+    pub(crate) fn open_slots(plan: &OutputPlan<'_>) -> Result<Self> {
         let name = shown_path(plan.path);
         let slots = Create::slots();
         let opened = Self::open_as(plan, name.clone(), By::Us, slots).map_err(|error| match error
@@ -153,13 +153,13 @@ impl Output {
     /// # Errors
     ///
     /// As [`Output::open`].
-    pub(crate) fn open_for_xl(plan: &Plan<'_>) -> Result<Self> {
+    pub(crate) fn open_for_xl(plan: &OutputPlan<'_>) -> Result<Self> {
         let name = shown_path(plan.path);
         let named = name.clone();
         Self::open_as(plan, name, By::Xl, Create::stream()).context(named)
     }
 
-    fn open_as(plan: &Plan<'_>, name: String, by: By, create: Create) -> Result<Self> {
+    fn open_as(plan: &OutputPlan<'_>, name: String, by: By, create: Create) -> Result<Self> {
         let target = match is_dash(plan.path) {
             true => Target::of_descriptor(io::stdout().as_fd().try_clone_to_owned()?.into(), "-"),
             false => Target::find(plan.path),
@@ -459,7 +459,7 @@ fn io_error(error: StorageError) -> io::Error {
 
 /// Refuse if stdout was closed when the command began. The descriptor is now `/dev/null` of Rust's
 /// runtime.
-fn check_stdout(plan: &Plan<'_>) -> Result<()> {
+fn check_stdout(plan: &OutputPlan<'_>) -> Result<()> {
     if !xsr_stdio::stdout_was_closed() {
         return Ok(());
     }
@@ -475,7 +475,7 @@ fn check_stdout(plan: &Plan<'_>) -> Result<()> {
 }
 
 /// Refuse an output that is one of the command's inputs.
-fn check_inputs(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
+fn check_inputs(plan: &OutputPlan<'_>, output: &Metadata) -> Result<()> {
     let identity = identity(output);
     if identity.is_none() {
         return Ok(());
@@ -513,7 +513,7 @@ fn identity(found: &Metadata) -> Option<(bool, u64, u64)> {
 const MEMORY_DEVICES: u64 = 1;
 
 /// Refuse to destroy a guest for a device that does not keep data.
-fn check_device(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
+fn check_device(plan: &OutputPlan<'_>, output: &Metadata) -> Result<()> {
     let device = output.rdev();
     // Writing to /dev/full fails, so nothing is lost.
     let lost = output.file_type().is_char_device()

@@ -36,7 +36,8 @@ use crate::privcmd::{CallBuffer, Hypercalls, Privcmd};
 use crate::sys::common as sys;
 use crate::xenstore::Xenstore;
 use crate::{
-    CpuPolicy, DomId, Domain, DomainInfo, GuestKind, GuestRole, Host, NewDomain, PhysInfo, XenVersion,
+    CpuPolicy, DomId, Domain, DomainInfo, GuestKind, GuestRole, Host, NewDomain, PhysInfo,
+    XenVersion,
 };
 
 #[cfg(feature = "mock")]

@@ -25,7 +25,7 @@ use crate::args::images::{CatArgs, CatLayer};
 use crate::exit::{BadUsage, Code};
 use crate::file::Input;
 use crate::mapped::{self, InOrder};
-use crate::output::{Existing, Output, Plan, Sink};
+use crate::output::{Existing, Output, OutputPlan, Sink};
 use crate::terminal::Terminal;
 
 /// The most bytes of a step that are copied. No header has more.
@@ -122,7 +122,7 @@ pub(super) fn without_pads<R: Read>(
 /// Write the stream inside an image.
 pub(crate) fn run(args: &CatArgs, terminal: &Terminal) -> Result<Code> {
     let input = Input::open_as_it_is(&args.file)?;
-    let output = Output::open(&Plan {
+    let output = Output::open(&OutputPlan {
         path: &args.output,
         inputs: &[&args.file],
         existing: Existing::forced(args.overwrite.force),

@@ -39,7 +39,7 @@ use crate::feed;
 use crate::file::Input;
 use crate::mapped::{self, InOrder, Reordered};
 use crate::origin;
-use crate::output::{Existing, Output, Plan, Sink};
+use crate::output::{Existing, Output, OutputPlan, Sink};
 use crate::peel::{self, LeftOut};
 use crate::stdout::report;
 use crate::terminal::Terminal;
@@ -47,7 +47,7 @@ use crate::text::{Count, size};
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct ConvertReport<'a> {
     file: &'a str,
     /// `libxc`, `libxl` or `xl`.
     to: &'static str,
@@ -76,7 +76,7 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
     let input = Input::open_as_it_is(&args.file)?;
     let mut inputs = vec![args.file.as_path()];
     inputs.extend(args.config.as_deref());
-    let output = Output::open(&Plan {
+    let output = Output::open(&OutputPlan {
         path: &args.output,
         inputs: &inputs,
         existing: Existing::forced(args.overwrite.force),
@@ -121,7 +121,7 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
     };
     terminal.note(&format!("{words}: {} in {seconds:.1} s", size(bytes)));
     if args.json {
-        let document = Report {
+        let document = ConvertReport {
             file: &args.file.display().to_string(),
             to,
             legacy: done.legacy,

@@ -25,7 +25,7 @@ use crate::exit::Code;
 use crate::file::Input;
 use crate::image::Reading;
 use crate::left::Left;
-use crate::output::{Existing, Output, Plan};
+use crate::output::{Existing, Output, OutputPlan};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::size;
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &DemoArgs, terminal: &Terminal) -> Result<Code> {
         true => Box::new(io::sink()),
         false => Box::new(Results::new()),
     };
-    let mut report = Report::default();
+    let mut report = DemoReport::default();
     writeln!(
         out,
         "Two mock machines in {}; {} domains on the first.\n",
@@ -160,7 +160,7 @@ pub(crate) fn run(args: &DemoArgs, terminal: &Terminal) -> Result<Code> {
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Default, Serialize)]
-struct Report {
+struct DemoReport {
     domains: Vec<Came>,
     pages_compared: u64,
     seconds: f64,
@@ -324,7 +324,7 @@ impl Demo<'_> {
     fn save(&mut self, host: &Hypervisor, domid: DomId, to: &Path) -> Result<u64> {
         let domain = host.domain(domid)?;
         let which = DomainRef::from(&domain.info()?);
-        let output = Output::open(&Plan {
+        let output = Output::open(&OutputPlan {
             path: to,
             inputs: &[],
             existing: Existing::Replace,

@@ -28,7 +28,7 @@ use crate::terminal::Terminal;
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct DiffReport<'a> {
     a: &'a str,
     b: &'a str,
     /// Whether there are unexpected differences.
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &DiffArgs, terminal: &Terminal) -> Result<Code> {
     let differ = comparison.differ();
     let mut out = Results::new();
     if args.json {
-        out.json(&Report {
+        out.json(&DiffReport {
             a: &a.input.name,
             b: &b.input.name,
             differ,

@@ -25,7 +25,7 @@ use crate::exit::{BadImage, BadUsage, Code};
 use crate::file::Input;
 use crate::mapped;
 use crate::origin::{self, Origin, with_setting};
-use crate::output::{Existing, Output, Plan, Sink};
+use crate::output::{Existing, Output, OutputPlan, Sink};
 use crate::stdout::report;
 use crate::terminal::Terminal;
 use crate::text::Count;
@@ -37,7 +37,7 @@ pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
     let mut inputs = vec![args.file.as_path()];
     inputs.extend(args.config.as_deref());
     inputs.extend(args.add.iter().map(|(_, path)| path.as_path()));
-    let output = Output::open(&Plan {
+    let output = Output::open(&OutputPlan {
         path: &args.output,
         inputs: &inputs,
         existing: Existing::forced(args.overwrite.force),
@@ -65,7 +65,7 @@ pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
     );
     terminal.note(&done);
     if args.json {
-        let document = Report {
+        let document = EditReport {
             file: &input.name,
             dropped,
             added: args.add.len(),
@@ -79,7 +79,7 @@ pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct EditReport<'a> {
     file: &'a str,
     /// Optional records that were dropped, and added.
     dropped: u64,

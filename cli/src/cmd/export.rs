@@ -29,7 +29,7 @@ use crate::args::images::{ExportArgs, ExportFormat};
 use crate::exit::{BadImage, BadUsage, Code};
 use crate::file::Input;
 use crate::image::{FileStep, Reading};
-use crate::output::{Existing, Output, Plan, Sink};
+use crate::output::{Existing, Output, OutputPlan, Sink};
 use crate::page_map::{PageMap, Run, runs_of};
 use crate::stdout::report;
 use crate::terminal::Terminal;
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
         return usage("--vcpu is for --format gdb: the others are not of one address space");
     }
     // Checked before anything is read, above all before an image is unwrapped.
-    let output = Output::open(&Plan {
+    let output = Output::open(&OutputPlan {
         path: (args.output.as_deref().or(args.out.as_deref())).unwrap_or(Path::new("-")),
         inputs: &[&args.file],
         existing: Existing::forced(args.overwrite.force),
@@ -100,7 +100,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     );
     terminal.note(&done);
     if args.json {
-        let document = Report {
+        let document = ExportReport {
             file: &input.name,
             format: args
                 .format
@@ -118,7 +118,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct ExportReport<'a> {
     file: &'a str,
     format: String,
     pages: u64,

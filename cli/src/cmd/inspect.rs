@@ -19,9 +19,9 @@ use xsr_format::walk::Content;
 use xsr_format::wrapper::libxl::{LibxlHeader, LibxlRecord};
 use xsr_format::wrapper::xl::XlHeader;
 
-use self::facts::{Facts, PageFacts, kind_name, type_facts};
+use self::facts::{PageFacts, RecordFacts, kind_name, type_facts};
 use self::report::{
-    ContextEntry, LibxcReport, LibxlReport, PagesReport, Param, Report, Row, XlReport,
+    ContextEntry, InspectReport, LibxcReport, LibxlReport, PagesReport, Param, Row, XlReport,
 };
 use crate::args::InspectArgs;
 use crate::config::{self, Config};
@@ -87,7 +87,7 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     report.left_out = input.left_out();
     report.notes = input.notes();
     let index = index.map(|index| {
-        report.mapped = index.as_ref().map(mapped::Facts::of);
+        report.mapped = index.as_ref().map(mapped::MappedFacts::of);
         report.layout = index.as_ref().map(mapped::words);
     });
     let end = end.and_then(|trailing| index.map(|()| trailing));
@@ -126,7 +126,7 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
 
 /// A report being built.
 struct Inspection {
-    report: Report,
+    report: InspectReport,
     /// Whether to list every page entry.
     list: bool,
     /// Runs listed so far.
@@ -151,9 +151,9 @@ struct Inspection {
 impl Inspection {
     fn new(file: &str, list: bool, fields: bool) -> Self {
         Self {
-            report: Report {
+            report: InspectReport {
                 file: file.to_owned(),
-                ..Report::default()
+                ..InspectReport::default()
             },
             list,
             listed: 0,
@@ -241,7 +241,7 @@ impl Inspection {
         });
     }
 
-    fn row(&mut self, stream: &'static str, at: At, kind: String, facts: Facts) {
+    fn row(&mut self, stream: &'static str, at: At, kind: String, facts: RecordFacts) {
         if self.report.records.len() >= MOST_ROWS {
             self.report.records_left_out += 1;
             return;
@@ -265,11 +265,11 @@ impl Inspection {
             let most = MOST_FIELDS - self.named;
             self.name(named::of_libxl(record, most));
         }
-        self.row("libxl", at, name, Facts::of_libxl(record));
+        self.row("libxl", at, name, RecordFacts::of_libxl(record));
     }
 
     fn record(&mut self, at: At, record: &Record<'_>) {
-        let mut facts = Facts::of(record);
+        let mut facts = RecordFacts::of(record);
         match record.body {
             Body::PvInfo(info) => {
                 self.report.guest.bits = Some(info.width() * 8);
@@ -277,7 +277,7 @@ impl Inspection {
             }
             Body::HvmContext(context) => {
                 self.hvm_context(context);
-                facts = Facts::HvmContext {
+                facts = RecordFacts::HvmContext {
                     entries: self.report.hvm_context.len(),
                 };
             }
@@ -374,7 +374,7 @@ impl Inspection {
         self.listed += facts.runs.as_ref().map_or(0, Vec::len);
         if facts.runs.is_none()
             && let Some(row) = self.report.records.last_mut()
-            && let Facts::Pages(before) = &mut row.facts
+            && let RecordFacts::Pages(before) = &mut row.facts
             && self.report.records_left_out == 0
         {
             before.join(&facts);
@@ -382,12 +382,12 @@ impl Inspection {
             return Ok(());
         }
         let kind = kind_name(RecordKind::PAGE_DATA);
-        self.row("libxc", at, kind, Facts::Pages(facts));
+        self.row("libxc", at, kind, RecordFacts::Pages(facts));
         Ok(())
     }
 
     /// The report, and whether it has any content.
-    fn finish(mut self) -> (Report, bool) {
+    fn finish(mut self) -> (InspectReport, bool) {
         let counts = self.map.counts();
         let populated = self.map.populated();
         self.report.pages = PagesReport {

@@ -45,7 +45,7 @@ pub(crate) fn away(name: &str) -> String {
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct MigrateReport<'a> {
     name: &'a str,
     domid: DomId,
     /// `migrated`.
@@ -141,7 +141,7 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         downtime * 1000.0
     ));
     if args.json {
-        let document = Report {
+        let document = MigrateReport {
             name: sender.name,
             domid: found.domain.domid,
             domain: "migrated",

@@ -34,7 +34,7 @@ use crate::watch::Watch;
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct ReceiveReport<'a> {
     name: &'a str,
     domid: DomId,
     /// `running` or `paused`.
@@ -117,7 +117,7 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         superpages(&stats),
     ));
     if args.json {
-        let document = Report {
+        let document = ReceiveReport {
             name: &name,
             domid,
             domain,

@@ -28,7 +28,7 @@ use xsr_save_restore::{CpuCheck, RestoreError, RestoreRequest};
 use xsr_xen_backend::DomId;
 
 pub(crate) use self::made::{About, Made};
-use self::plan::Plan;
+use self::plan::RestorePlan;
 pub(crate) use self::plan::{Overrides, config_for};
 pub(crate) use self::source::{ImageSource, of_old_sender};
 use crate::args::RestoreArgs;
@@ -47,7 +47,7 @@ use crate::watch::Watch;
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct RestoreReport<'a> {
     name: &'a str,
     domid: DomId,
     /// `running` or `paused`.
@@ -178,7 +178,7 @@ fn report(
         superpages(&stats),
     ));
     if args.json {
-        let document = Report {
+        let document = RestoreReport {
             name: &name,
             domid,
             domain: fate,
@@ -225,7 +225,7 @@ pub(crate) const INCOMING: &str = "--incoming";
 pub(crate) struct Image<'a> {
     reader: RecordReader<ImageSource<'a>>,
     around: Around<ImageSource<'a>>,
-    plan: Plan,
+    plan: RestorePlan,
 }
 
 /// The longest name that a peer may give its domain, in bytes.
@@ -243,7 +243,7 @@ impl<'a> Image<'a> {
         let source = ImageSource::new(&input.image, cancel)?;
         let walk = Walk::open(source, options)?;
         let (reader, around) = walk.into_libxc()?;
-        let plan = Plan::of(
+        let plan = RestorePlan::of(
             Some(input),
             around.xl(),
             overrides,
@@ -272,7 +272,7 @@ impl<'a> Image<'a> {
         let header = around
             .xl()
             .ok_or_else(|| bad("the sender sent no xl header, and so no configuration"))?;
-        let plan = Plan::of(
+        let plan = RestorePlan::of(
             None,
             Some(header),
             &Overrides::default(),

@@ -37,7 +37,7 @@ use crate::condition::Condition;
 use crate::config;
 use crate::exit::{Aftermath, BadUsage, Code, NotDurable};
 use crate::left;
-use crate::output::{Existing, Output, Plan};
+use crate::output::{Existing, Output, OutputPlan};
 use crate::stdout::report;
 use crate::terminal::Terminal;
 use crate::text::{Count, shown_name, shown_path, size};
@@ -61,7 +61,7 @@ pub(crate) const AT_FREEZE_NEEDS_FILE: &str =
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct SaveReport<'a> {
     name: &'a str,
     domid: DomId,
     /// `destroyed`, `running` or `paused`.
@@ -323,7 +323,7 @@ struct Fate {
 
 /// Open the output for the image, after checking that the image would not be lost there.
 fn output(args: &SaveArgs, domain: &dyn Domain) -> Result<Output> {
-    let plan = Plan {
+    let plan = OutputPlan {
         path: &args.file,
         inputs: &[],
         existing: Existing::Replace,
@@ -479,7 +479,7 @@ impl Ending<'_> {
                 "{} saved to {file}; the domain is {domain}",
                 shown_name(name)
             );
-            let document = Report {
+            let document = SaveReport {
                 name,
                 domid: which.domid,
                 domain,

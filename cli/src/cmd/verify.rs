@@ -92,7 +92,7 @@ struct Verdict {
     trailing_bytes: u64,
     /// The index of a mapped image.
     #[serde(skip_serializing_if = "Option::is_none")]
-    mapped: Option<mapped::Facts>,
+    mapped: Option<mapped::MappedFacts>,
     /// The same in words.
     #[serde(skip)]
     layout: Option<String>,
@@ -139,7 +139,7 @@ fn verify(
         // First, so that damage is reported by its digest before a reader stumbles over it.
         deep(&input, index.as_ref(), verdict).with_context(|| input.name.clone())?;
     }
-    let mut facts = Facts::default();
+    let mut facts = Totals::default();
     let mut compared = index.as_ref().map(Compared::new);
     let walked = reading.over(&input, &mut |step| {
         facts.step(&step)?;
@@ -158,7 +158,7 @@ fn verify(
         (compared.end(bytes)).with_context(|| input.name.clone())?;
     }
     verdict.layout = index.as_ref().map(mapped::words);
-    verdict.mapped = index.as_ref().map(mapped::Facts::of);
+    verdict.mapped = index.as_ref().map(mapped::MappedFacts::of);
     verdict.bytes = bytes;
     verdict.layers = input.layers().to_vec();
     let behind = input.finish(bytes).with_context(|| input.name.clone())?;
@@ -169,7 +169,7 @@ fn verify(
     verdict.trailing_bytes = behind.bytes;
     verdict.warnings.extend(input.notes());
     verdict.warnings.extend(origin::left_out(&input, true));
-    let Facts {
+    let Totals {
         config,
         image,
         pages,
@@ -220,13 +220,13 @@ fn deep(input: &Input, index: Option<&Mapped>, verdict: &mut Verdict) -> Result<
 
 /// What the verdict depends on apart from the rules of the format.
 #[derive(Debug, Default)]
-struct Facts {
+struct Totals {
     config: Option<Config>,
     image: Option<ImageHeader>,
     pages: PageMap,
 }
 
-impl Facts {
+impl Totals {
     /// Take note of a step. What makes the image bad is an error.
     fn step(&mut self, step: &FileStep<'_, '_>) -> Result<()> {
         match &step.content {

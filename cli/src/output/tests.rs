@@ -11,8 +11,8 @@ use xsr_save_restore::storage::{self, StorageReader};
 
 use super::*;
 
-fn plan<'p>(path: &'p Path, inputs: &'p [&'p Path]) -> Plan<'p> {
-    Plan {
+fn plan<'p>(path: &'p Path, inputs: &'p [&'p Path]) -> OutputPlan<'p> {
+    OutputPlan {
         path,
         inputs,
         existing: Existing::Refuse,
@@ -22,7 +22,7 @@ fn plan<'p>(path: &'p Path, inputs: &'p [&'p Path]) -> Plan<'p> {
 
 /// The reason for a refusal.
 #[track_caller]
-fn refused(plan: &Plan<'_>) -> String {
+fn refused(plan: &OutputPlan<'_>) -> String {
     let error = Output::open(plan).expect_err("it was taken");
     assert!(error.is::<BadUsage>(), "{error:#}");
     crate::exit::words(error.chain())
@@ -58,7 +58,7 @@ fn an_output_that_is_its_own_input_is_refused_by_every_name() {
     for force in [Existing::Refuse, Existing::Replace] {
         for name in ["a", "hard", "soft", "softer", "d/../a", "./d/.././a"] {
             let path = at(name);
-            let why = refused(&Plan {
+            let why = refused(&OutputPlan {
                 existing: force,
                 ..plan(&path, &[Path::new("other"), &input])
             });
@@ -93,7 +93,7 @@ fn a_file_that_is_there_stays_unless_it_is_to_be_replaced() {
         assert!(why.contains("exists already: --force replaces it"), "{why}");
     }
     let path = at("soft");
-    let output = Output::open(&Plan {
+    let output = Output::open(&OutputPlan {
         existing: Existing::Replace,
         ..plan(&path, &[])
     });
@@ -119,7 +119,7 @@ fn a_failure_leaves_what_there_was_and_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");
     let failing = |existing| {
-        let output = Output::open(&Plan {
+        let output = Output::open(&OutputPlan {
             existing,
             ..plan(&path, &[])
         });
@@ -206,13 +206,13 @@ fn a_writing_error_names_the_output_whatever_it_was_taken_for() {
 #[test]
 fn a_guest_is_not_given_up_for_what_keeps_nothing() {
     for path in ["/dev/null", "/dev/zero", "/dev/random"] {
-        let plan = Plan {
+        let plan = OutputPlan {
             only_copy: true,
             ..plan(Path::new(path), &[])
         };
         let why = refused(&plan);
         assert!(why.contains("keeps nothing"), "{why}");
-        let plan = Plan {
+        let plan = OutputPlan {
             only_copy: false,
             ..plan
         };
@@ -221,7 +221,7 @@ fn a_guest_is_not_given_up_for_what_keeps_nothing() {
     // By a descriptor's path, too.
     let held = OpenOptions::new().write(true).open("/dev/null").unwrap();
     let path = format!("/proc/self/fd/{}", handed_on(&held));
-    let why = refused(&Plan {
+    let why = refused(&OutputPlan {
         only_copy: true,
         ..plan(Path::new(&path), &[])
     });
@@ -284,7 +284,7 @@ fn what_a_killed_command_left_is_removed_and_what_is_in_use_is_not() {
     let first = Output::open(&plan(&path, &[])).unwrap();
     assert!(!at(".a.save.AbC123.partial").exists());
     let second = Output::open(&plan(&path, &[])).unwrap();
-    let replace = Plan {
+    let replace = OutputPlan {
         existing: Existing::Replace,
         ..plan(&path, &[])
     };
@@ -338,7 +338,7 @@ fn links_and_pipes_of_other_users_are_not_followed() {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
         for name in ["link", "fifo"] {
             let path = at(name);
-            let why = refused(&Plan {
+            let why = refused(&OutputPlan {
                 existing: Existing::Replace,
                 ..plan(&path, &[])
             });
@@ -396,7 +396,7 @@ fn a_file_below_proc_is_an_ordinary_file() {
         let path = below(process);
         let why = refused(&plan(&path, &[]));
         assert!(why.contains("exists already"), "{why}");
-        let replace = Plan {
+        let replace = OutputPlan {
             existing: Existing::Replace,
             ..plan(&path, &[])
         };

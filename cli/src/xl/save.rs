@@ -21,7 +21,7 @@ use crate::backend::Hypervisor;
 use crate::cmd::save::AT_FREEZE_NEEDS_FILE;
 use crate::exit::{Aftermath, BadUsage};
 use crate::file::is_dash;
-use crate::output::{Existing, Output, Plan};
+use crate::output::{Existing, Output, OutputPlan};
 use crate::text::shown_path;
 
 /// The output that xl writes to.
@@ -50,7 +50,7 @@ impl Target {
         };
         let domain = arguments[domain].clone();
         let path = PathBuf::from(&arguments[file]);
-        let output = Output::open_for_xl(&Plan {
+        let output = Output::open_for_xl(&OutputPlan {
             path: &path,
             inputs: &[],
             existing: Existing::Replace,

@@ -22,7 +22,7 @@ use xsr_save_restore::storage::{StorageCursor, file};
 use super::pour;
 use crate::args::images::{ScriptArgs, ScriptFormat};
 use crate::exit::{self, Code};
-use crate::output::{Existing, Output, Plan, Sink};
+use crate::output::{Existing, Output, OutputPlan, Sink};
 use crate::terminal::Terminal;
 
 /// The name under which the program does this.
@@ -57,7 +57,7 @@ fn run(args: &ScriptArgs) -> Result<()> {
             let file = file.with_context(|| format!("descriptor {number}"));
             file.and_then(|file| Output::of_descriptor(file, format!("descriptor {number}")))
         }
-        Err(_) => Output::open(&Plan {
+        Err(_) => Output::open(&OutputPlan {
             path: Path::new(&args.output),
             inputs: &[Path::new(&args.input)],
             existing: Existing::Replace,

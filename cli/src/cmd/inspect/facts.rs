@@ -15,7 +15,7 @@ use crate::text::{Count, hex, pfn_range};
 /// they are.
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
-pub(crate) enum Facts {
+pub(crate) enum RecordFacts {
     /// PAGE_DATA: one record, or several consecutive ones.
     Pages(PageFacts),
     /// X86_PV_INFO.
@@ -159,7 +159,7 @@ impl PageFacts {
     }
 }
 
-impl Facts {
+impl RecordFacts {
     /// The facts of any record except PAGE_DATA.
     pub(crate) fn of(record: &Record<'_>) -> Self {
         match record.body {
@@ -204,7 +204,7 @@ impl Facts {
     }
 }
 
-impl Facts {
+impl RecordFacts {
     /// The facts of a record of the libxl stream.
     pub(crate) fn of_libxl(record: &LibxlRecord) -> Self {
         match record {
@@ -228,7 +228,7 @@ impl Facts {
     }
 }
 
-impl fmt::Display for Facts {
+impl fmt::Display for RecordFacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pages(pages) => pages.fmt(f),

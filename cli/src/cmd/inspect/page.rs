@@ -23,7 +23,7 @@ const LINE: usize = 16;
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct PageReport<'a> {
     file: &'a str,
     pfn: u64,
     #[serde(rename = "type")]
@@ -74,7 +74,7 @@ pub(super) fn run(args: &InspectArgs, pfn: u64) -> Result<Code> {
     };
     let mut out = Results::new();
     match args.json {
-        true => out.json(&Report {
+        true => out.json(&PageReport {
             file: &input.name,
             pfn,
             page_type: found.page_type.name(),

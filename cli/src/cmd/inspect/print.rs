@@ -4,8 +4,8 @@ use std::io::{self, Write};
 
 use xsr_format::record::RecordKind;
 
-use super::facts::Facts;
-use super::report::{Report, Row};
+use super::facts::RecordFacts;
+use super::report::{InspectReport, Row};
 use crate::text::{Count, hex, pfn_range, shown, shown_value, size, wrapped};
 
 /// Columns before the value in the parts without a table, before the type of a record, and before
@@ -15,7 +15,7 @@ const TYPE: usize = 29;
 const FIELD: usize = 37;
 
 /// Print a report. Where a line would have more than `width` columns, it is wrapped.
-pub(crate) fn print(report: &Report, width: usize, out: &mut dyn Write) -> io::Result<()> {
+pub(crate) fn print(report: &InspectReport, width: usize, out: &mut dyn Write) -> io::Result<()> {
     let what = match (&report.xl, &report.libxl, &report.libxc) {
         (Some(_), _, _) => "xl image",
         (None, Some(_), _) => "libxl stream",
@@ -49,7 +49,7 @@ pub(crate) fn print(report: &Report, width: usize, out: &mut dyn Write) -> io::R
     fields(report, width, out)
 }
 
-fn headers(report: &Report, width: usize, out: &mut dyn Write) -> io::Result<()> {
+fn headers(report: &InspectReport, width: usize, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "\nHeaders")?;
     for layer in &report.layers {
         writeln!(out, "  around  {layer}")?;
@@ -106,7 +106,7 @@ fn headers(report: &Report, width: usize, out: &mut dyn Write) -> io::Result<()>
     Ok(())
 }
 
-fn guest(report: &Report, width: usize, out: &mut dyn Write) -> io::Result<()> {
+fn guest(report: &InspectReport, width: usize, out: &mut dyn Write) -> io::Result<()> {
     let guest = &report.guest;
     writeln!(out, "\nGuest")?;
     if let Some(name) = &guest.name {
@@ -146,7 +146,7 @@ fn guest(report: &Report, width: usize, out: &mut dyn Write) -> io::Result<()> {
 }
 
 /// What another toolstack says about the domain.
-fn origin(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+fn origin(report: &InspectReport, out: &mut dyn Write) -> io::Result<()> {
     let Some(origin) = &report.origin else {
         return Ok(());
     };
@@ -178,7 +178,7 @@ fn records(rows: &[Row], width: usize, out: &mut dyn Write) -> io::Result<()> {
     )?;
     for row in rows {
         let (number, kind) = match &row.facts {
-            Facts::Pages(pages) if pages.records() > 1 => (
+            RecordFacts::Pages(pages) if pages.records() > 1 => (
                 format!("{}", row.index),
                 format!("{} × {}", pages.records(), row.kind),
             ),
@@ -199,7 +199,7 @@ fn records(rows: &[Row], width: usize, out: &mut dyn Write) -> io::Result<()> {
             false => line + &facts,
         };
         writeln!(out, "{}", line.trim_end())?;
-        if let Facts::Pages(pages) = &row.facts {
+        if let RecordFacts::Pages(pages) = &row.facts {
             for run in pages.runs.iter().flatten() {
                 let range = pfn_range(run.first_pfn, run.last_pfn);
                 writeln!(out, "{:>24} {range:<26} {}", "", run.name)?;
@@ -209,7 +209,7 @@ fn records(rows: &[Row], width: usize, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn context(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+fn context(report: &InspectReport, out: &mut dyn Write) -> io::Result<()> {
     if report.hvm_context.is_empty() {
         return Ok(());
     }
@@ -225,7 +225,7 @@ fn context(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn params(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+fn params(report: &InspectReport, out: &mut dyn Write) -> io::Result<()> {
     if report.hvm_params.is_empty() {
         return Ok(());
     }
@@ -240,7 +240,7 @@ fn params(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn fields(report: &Report, width: usize, out: &mut dyn Write) -> io::Result<()> {
+fn fields(report: &InspectReport, width: usize, out: &mut dyn Write) -> io::Result<()> {
     if report.fields.is_empty() {
         return Ok(());
     }

@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use super::facts::{Facts, TypeFact};
+use super::facts::{RecordFacts, TypeFact};
 use super::named::Named;
 use crate::config;
 use crate::mapped;
@@ -12,7 +12,7 @@ use crate::peel::LeftOut;
 
 /// An image.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(crate) struct Report {
+pub(crate) struct InspectReport {
     /// The path as given, or `stdin`.
     pub(crate) file: String,
     /// Bytes of the image; of the file, if the image is bad; 0 if unknown.
@@ -37,7 +37,7 @@ pub(crate) struct Report {
     pub(crate) trailing_bytes: u64,
     /// The index of a mapped image.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) mapped: Option<mapped::Facts>,
+    pub(crate) mapped: Option<mapped::MappedFacts>,
     /// The same in words.
     #[serde(skip)]
     pub(crate) layout: Option<String>,
@@ -84,7 +84,7 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-impl Report {
+impl InspectReport {
     /// Take over what another toolstack says about the domain. (The stream's kind takes precedence,
     /// but it does not distinguish PVH from HVM.)
     pub(crate) fn said_by(&mut self, origin: &Origin) {
@@ -175,7 +175,7 @@ pub(crate) struct Row {
     pub(crate) kind: String,
     /// Bytes in the body, or bodies.
     pub(crate) bytes: u64,
-    pub(crate) facts: Facts,
+    pub(crate) facts: RecordFacts,
 }
 
 /// The pages of a guest.

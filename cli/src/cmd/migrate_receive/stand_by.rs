@@ -34,7 +34,7 @@ use crate::watch::Watch;
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct StandbyReport<'a> {
     name: &'a str,
     domid: DomId,
     /// `running` or `paused`.
@@ -129,7 +129,7 @@ impl Receiver<'_> {
             survival.checkpoint,
         ));
         if self.args.json {
-            let document = Report {
+            let document = StandbyReport {
                 name,
                 domid: *domid,
                 domain,

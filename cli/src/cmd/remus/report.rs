@@ -30,7 +30,7 @@ struct Line {
 
 /// The `--json` document at the end (docs/json.md).
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct RemusReport<'a> {
     name: &'a str,
     domid: DomId,
     /// `running` or `paused`.
@@ -231,7 +231,7 @@ impl<'a> Teller<'a> {
             stdout::unreported(self.terminal, &done, &error);
         }
         if self.args.json {
-            let report = Report {
+            let report = RemusReport {
                 name,
                 domid: self.domid,
                 domain,

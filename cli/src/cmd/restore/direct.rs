@@ -8,14 +8,14 @@ use xsr_save_restore::toolstack::{
 };
 use xsr_xen_backend::GuestKind;
 
-use super::{Plan, bad, settings};
+use super::{RestorePlan, bad, settings};
 
 /// Refuses a domain that only libxl can create, and takes over the settings of others.
 ///
 /// # Errors
 ///
 /// What libxl is needed for, and what to do.
-pub(super) fn check(plan: &mut Plan) -> Result<()> {
+pub(super) fn check(plan: &mut RestorePlan) -> Result<()> {
     let name = &plan.name;
     if plan.kind == GuestKind::Hvm {
         bail!("{name} needs a device model, which is libxl's to start: drop --direct");

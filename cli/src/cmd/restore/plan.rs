@@ -129,7 +129,7 @@ fn given(path: &Path) -> Result<Given> {
 
 /// The domain to build, and the configuration to store with it.
 #[derive(Debug)]
-pub(super) struct Plan {
+pub(super) struct RestorePlan {
     pub(super) json: String,
     pub(super) name: String,
     pub(super) kind: GuestKind,
@@ -276,7 +276,7 @@ pub(crate) fn config_for(input: &Input, file: &Path, lenient: bool) -> Result<St
     Known::find_out(&overrides, input.origin(), survey)?.json()
 }
 
-impl Plan {
+impl RestorePlan {
     /// The plan for an image whose header, if any, has been read.
     pub(super) fn of(
         input: Option<&Input>,
