@@ -69,6 +69,29 @@ struct WireXapiHeader {
 }
 
 /// An image of xapi, presented as a libxl stream.
+///
+/// ```
+/// use std::io::Read as _;
+/// use xsr_format::detect::{Detected, detect};
+/// use xsr_format::wrapper::xapi::{MAGIC, XapiKind, XapiSource};
+///
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
+/// # let libxc = doc::image();
+/// let record = |kind: XapiKind, length: usize| [kind.0.to_le_bytes(), (length as u64).to_le_bytes()];
+/// let mut image = MAGIC.to_vec();
+/// image.extend(record(XapiKind::LIBXC, 0).concat());
+/// image.extend(&libxc);
+/// image.extend(record(XapiKind::END_OF_IMAGE, 0).concat());
+/// assert_eq!(detect(&image), Detected::Xapi);
+///
+/// let mut source = XapiSource::behind(&[], &image[..])?;
+/// let mut libxl = Vec::new();
+/// source.read_to_end(&mut libxl)?;
+/// assert_eq!(detect(&libxl), Detected::Libxl);
+/// let kinds: Vec<XapiKind> = source.records().iter().map(|record| record.kind).collect();
+/// assert_eq!(kinds, [XapiKind::LIBXC, XapiKind::END_OF_IMAGE]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct XapiSource<R> {
     source: Inner<R>,

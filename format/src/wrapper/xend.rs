@@ -43,6 +43,24 @@ pub enum XendError {
 }
 
 /// xend's header.
+///
+/// ```
+/// use xsr_format::wrapper::xend::{MAGIC, XendHeader};
+///
+/// let config = b"(domain (name web))";
+/// let mut image = MAGIC.to_vec();
+/// image.extend(u32::try_from(config.len())?.to_be_bytes());
+/// image.extend(config);
+/// image.extend(b"the legacy stream");
+///
+/// let mut source = &image[..];
+/// let header = XendHeader::read(&mut source)?;
+/// assert_eq!(header.config(), config);
+/// // The legacy reader continues here, at this offset of the file.
+/// assert_eq!(source, b"the legacy stream");
+/// assert_eq!(header.bytes(), 39);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct XendHeader {
     config: Vec<u8>,

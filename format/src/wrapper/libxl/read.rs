@@ -125,6 +125,37 @@ impl LibxlState {
 /// libxc's END the libxl records continue. At a libxc CHECKPOINT the caller calls
 /// [`LibxlReader::begin_checkpoint`], reads records up to [`LibxlRecord::CheckpointEnd`], and
 /// returns to the libxc stream. ([`Walk`](crate::walk::Walk) does all that.)
+///
+/// ```
+/// use xsr_format::byte_order::ByteOrder;
+/// use xsr_format::read::{ReadOptions, RecordReader};
+/// use xsr_format::wrapper::libxl::LibxlHeader;
+/// use xsr_format::{LibxlReader, LibxlRecord, LibxlWriter};
+///
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/image.rs.in")); }
+/// # let libxc = doc::image();
+/// let header = LibxlHeader { order: ByteOrder::Little, legacy_converted: false };
+/// let mut stream = LibxlWriter::new(Vec::new(), header)?;
+/// stream.write(&LibxlRecord::LibxcContext)?;
+/// stream.sink_mut().extend(&libxc);
+/// stream.write(&LibxlRecord::End)?;
+/// let stream = stream.into_sink();
+///
+/// let mut records = Vec::new();
+/// let mut reader = LibxlReader::new(&stream[..], ReadOptions::default())?;
+/// while let Some(record) = reader.next_record()? {
+///     if let LibxlRecord::LibxcContext = record {
+///         let mut libxc = RecordReader::new(reader.source_mut(), ReadOptions::default())?;
+///         while libxc.next_record()?.is_some() {}
+///         let bytes = libxc.offset();
+///         reader.advance(bytes);
+///     }
+///     records.push(record);
+/// }
+/// assert!(matches!(records[..], [LibxlRecord::LibxcContext, LibxlRecord::End]));
+/// assert_eq!(reader.offset(), stream.len() as u64);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct LibxlReader<R> {
     source: R,
