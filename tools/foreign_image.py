@@ -8,18 +8,22 @@ here are not tested against their own idea of the formats:
     xenserver  ocaml/xenops/domain.ml of XenServer 6.2 (`suspend`)
     xapi       ocaml/xenopsd/lib/suspend_image.ml of xen-api
     libvirt    libxlSavefileHeader in src/libxl/libxl_conf.h of libvirt
-    vhd        the VHD specification 1.0: a dynamic disk, as suspend VDIs are exported
+    vhd        the VHD specification 1.0: a dynamic or fixed disk, as suspend VDIs are exported
+    xva        ocaml/xapi/{export,stream_vdi}.ml of xen-api, and the XXH64 specification
 
     foreign_image.py xend --kind hvm --name web old.legacy -o web.chk
     foreign_image.py xenserver --qemu state guest.legacy -o suspend.img
 
 The stream is a legacy one for xend and xenserver, a libxc stream for xapi, a libxl stream for
-libvirt, and anything at all for vhd.
+libvirt, and anything at all for vhd and xva.
 """
 
 import argparse
+import hashlib
+import io
 import struct
 import sys
+import tarfile
 
 UUID = "1f2e3d4c-0000-1111-2222-333344445555"
 ESCAPES = {"\a": "a", "\b": "b", "\t": "t", "\n": "n", "\v": "v", "\f": "f", "\r": "r",
@@ -102,10 +106,13 @@ def vhd(args, stream):
     def summed(data, at):
         return data[:at] + struct.pack(">I", ~sum(data) & 0xffffffff) + data[at + 4:]
 
-    footer = struct.pack(">8sIIQI4sI4sQQHBBI4x16sB427x", b"conectix", 2, 0x10000, 512, 0, b"test",
-                         0, b"Wi2k", size, size, size // 512 // 16 // 63 & 0xffff, 16, 63, 3,
-                         bytes(range(16)), 0)
+    header_at = 0xffffffffffffffff if args.fixed else 512
+    footer = struct.pack(">8sIIQI4sI4sQQHBBI4x16sB427x", b"conectix", 2, 0x10000, header_at, 0,
+                         b"test", 0, b"Wi2k", size, size, size // 512 // 16 // 63 & 0xffff, 16, 63,
+                         2 if args.fixed else 3, bytes(range(16)), 0)
     footer = summed(footer, 64)
+    if args.fixed:
+        return stream.ljust(size, b"\0") + footer
     header = struct.pack(">8sQQIIII16sI4x512s192x256x", b"cxsparse", 0xffffffffffffffff, 1536,
                          0x10000, blocks, block, 0, b"", 0, b"")
     header = summed(header, 36)
@@ -123,10 +130,116 @@ def vhd(args, stream):
     return footer + header + bat + data + footer
 
 
+def xxh64(data):
+    """XXH64 with seed 0."""
+    p1, p2, p3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
+    p4, p5, mask = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5, 0xFFFFFFFFFFFFFFFF
+
+    def turned(word, bits):
+        word &= mask
+        return (word << bits | word >> 64 - bits) & mask
+
+    def mixed(lane, word):
+        return turned(lane + word * p2, 31) * p1 & mask
+
+    at = 0
+    if len(data) >= 32:
+        lanes = [p1 + p2 & mask, p2, 0, -p1 & mask]
+        while at + 32 <= len(data):
+            words = struct.unpack_from("<4Q", data, at)
+            lanes = [mixed(lane, word) for lane, word in zip(lanes, words)]
+            at += 32
+        out = sum(turned(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18))) & mask
+        for lane in lanes:
+            out = ((out ^ mixed(0, lane)) * p1 + p4) & mask
+    else:
+        out = p5
+    out = out + len(data) & mask
+    while at + 8 <= len(data):
+        out = turned(out ^ mixed(0, struct.unpack_from("<Q", data, at)[0]), 27) * p1 + p4 & mask
+        at += 8
+    if at + 4 <= len(data):
+        out = turned(out ^ struct.unpack_from("<I", data, at)[0] * p1, 23) * p2 + p3 & mask
+        at += 4
+    for byte in data[at:]:
+        out = turned(out ^ byte * p5, 11) * p1 & mask
+    for bits, prime in ((33, p2), (29, p3)):
+        out = (out ^ out >> bits) * prime & mask
+    return out ^ out >> 32
+
+
+def ova_xml(args, disk):
+    """The description of a VM and its disks, in XML-RPC."""
+    def value(of):
+        if isinstance(of, dict):
+            return "<value><struct>" + "".join(
+                f"<member><name>{name}</name>{value(item)}</member>"
+                for name, item in of.items()) + "</struct></value>"
+        if isinstance(of, list):
+            return "<value><array><data>" + "".join(map(value, of)) + "</data></array></value>"
+        if isinstance(of, bool):
+            return f"<value><boolean>{of:d}</boolean></value>"
+        text = str(of).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        return f"<value>{text}</value>" if text else "<value/>"
+
+    def thing(kind, ref, **fields):
+        return {"class": kind, "id": ref, "snapshot": fields}
+    version = {"hostname": "host", "product_brand": "XCP-ng", "xapi_major": "1",
+               "xapi_minor": "20", "export_vsn": "2"}
+    vm = thing("VM", "Ref:0", uuid=args.uuid, name_label=args.name, name_description="",
+               power_state="Suspended", suspend_VDI=disk, is_a_template=False,
+               is_a_snapshot=False, platform={"viridian": "true"}, VBDs=["Ref:1"])
+    disks = [thing("VDI", ref, uuid=ref, name_label=name, virtual_size="4194304", SR="Ref:2",
+                   type=kind) for ref, name, kind in (("Ref:3", "root", "user"),
+                                                      ("Ref:41", "Suspend image", "suspend"))]
+    objects = [thing("SR", "Ref:2", name_label="local"), *disks, vm,
+               thing("VBD", "Ref:1", VM="Ref:0", VDI="Ref:3", device="xvda")]
+    return ("<?xml version='1.0'?>"
+            + value({"version": version, "objects": objects})).encode()
+
+
+def xva(args, stream):
+    """A suspended VM with a disk of its own; blocks of zeros are left out."""
+    out, block = io.BytesIO(), 1 << 20
+    archive = tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT)
+
+    def member(name, data):
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+
+    def part(name, data):
+        member(name, data)
+        if args.checksums == "xxhash":
+            member(name + ".xxhash", b"%016X" % xxh64(data))
+        elif args.checksums == "sha1":
+            member(name + ".checksum", hashlib.sha1(data).hexdigest().encode())
+
+    def disk(ref, data):
+        number, at = 0, 0
+        while at < len(data):
+            piece = data[at:at + block]
+            ends = at == 0 or at + block >= len(data)
+            if args.keep_alive and number % 2 and not ends and number < 8:
+                # Not a part of the disk; it has a number all the same.
+                part(f"{ref}/{number:08d}", b"")
+                number += 1
+            if ends or any(piece):
+                part(f"{ref}/{number:08d}", piece)
+            number, at = number + 1, at + block
+
+    member("ova.xml", ova_xml(args, "OpaqueRef:NULL" if args.not_suspended else "Ref:41"))
+    disk("Ref:3", b"boot" * 1000 + bytes(3 << 20) + b"data" * 77)
+    # The suspend VDI is larger than its contents.
+    disk("Ref:41", stream + bytes(3 << 20))
+    archive.close()
+    return out.getvalue()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["xend", "xenserver", "xapi", "libvirt", "vhd"])
+    parser.add_argument("what", choices=["xend", "xenserver", "xapi", "libvirt", "vhd", "xva"])
     parser.add_argument("stream")
     parser.add_argument("--kind", choices=["pv", "hvm", "pvh"], default="pv")
     parser.add_argument("--name", default="old")
@@ -135,6 +248,11 @@ def main():
     parser.add_argument("--vcpus", type=int, default=1)
     for option in ("qemu", "varstored", "swtpm"):
         parser.add_argument(f"--{option}", type=str.encode, metavar="STATE")
+    parser.add_argument("--fixed", action="store_true", help="for vhd")
+    parser.add_argument("--checksums", choices=["xxhash", "sha1", "none"], default="xxhash",
+                        help="for xva")
+    for option in ("keep-alive", "not-suspended"):
+        parser.add_argument(f"--{option}", action="store_true", help="for xva")
     parser.add_argument("-o", "--output", required=True)
     args = parser.parse_args()
     with open(args.stream, "rb") as source:

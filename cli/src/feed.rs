@@ -19,7 +19,7 @@ use xsr_save_restore::storage::{StorageCursor, file};
 use crate::exit::{self, Code};
 use crate::interrupt::Interrupt;
 use crate::origin::Origin;
-use crate::peel::{self, Found, Peeled, Source, TELLING, Used};
+use crate::peel::{self, Found, Peeled, Source, TELLING, Used, Wanted};
 
 /// Bytes per copy.
 const STEP: usize = 256 << 10;
@@ -65,8 +65,8 @@ impl Behind {
 
 impl Feed {
     /// Remove the wrappers of the image in `source`. Returns the pipe to read it from.
-    pub(crate) fn start(source: Source, lenient: bool) -> Result<(StorageCursor, Self)> {
-        Self::of(peel::peel(source, lenient)?)
+    pub(crate) fn start(source: Source, wanted: Wanted) -> Result<(StorageCursor, Self)> {
+        Self::of(peel::peel(source, wanted)?)
     }
 
     /// The same for a connection, on which nothing after the image is read.

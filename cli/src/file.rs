@@ -17,7 +17,7 @@ use crate::exit::{self, BadImage, BadUsage};
 use crate::feed::{self, Behind, Feed};
 use crate::origin::Origin;
 use crate::painter::Follower;
-use crate::peel::{self, LeftOut, TELLING};
+use crate::peel::{self, Kept, LeftOut, TELLING, Wanted};
 use crate::terminal::Terminal;
 
 /// Whether the path is `-`, for stdin or stdout.
@@ -104,10 +104,11 @@ impl Input {
     }
 
     /// Remove the wrappers of the image, if there are any.
-    pub(crate) fn unwrapped(self, lenient: bool) -> anyhow::Result<Self> {
+    pub(crate) fn unwrapped(self, wanted: impl Into<Wanted>) -> anyhow::Result<Self> {
+        let wanted = wanted.into();
         let prefix = feed::peek(&self.image).with_context(|| self.name.clone())?;
         if prefix.starts_with(&vhd::MAGIC) && self.length.is_some() {
-            return self.out_of_a_vhd(lenient);
+            return self.out_of_a_vhd(wanted);
         }
         if !peel::is_wrapped(&prefix) {
             return match peel::is_foreign(&prefix) {
@@ -119,7 +120,7 @@ impl Input {
         let Self {
             image, name, path, ..
         } = self;
-        let (image, feed) = Feed::start(Box::new(image), lenient).with_context(|| name.clone())?;
+        let (image, feed) = Feed::start(Box::new(image), wanted).with_context(|| name.clone())?;
         Ok(Self {
             image,
             name,
@@ -132,7 +133,7 @@ impl Input {
     }
 
     /// The image on the disk in a dynamic VHD, as xapi exports suspend VDIs.
-    fn out_of_a_vhd(self, lenient: bool) -> anyhow::Result<Self> {
+    fn out_of_a_vhd(self, wanted: Wanted) -> anyhow::Result<Self> {
         let name = || self.name.clone();
         let disk = match Vhd::open(self.image.clone()) {
             Ok(disk) => disk,
@@ -147,7 +148,7 @@ impl Input {
         };
         let Self { name, path, .. } = self;
         let (image, mut feed) =
-            Feed::start(Box::new(disk), lenient).with_context(|| name.clone())?;
+            Feed::start(Box::new(disk), wanted).with_context(|| name.clone())?;
         feed.layers.insert(0, "VHD".to_owned());
         Ok(Self {
             image,
@@ -196,6 +197,11 @@ impl Input {
         self.feed
             .as_ref()
             .map_or_else(Vec::new, |feed| feed.found.left_out())
+    }
+
+    /// What was kept of an image of xapi, if [`Wanted`] said so.
+    pub(crate) fn kept(&self) -> Option<&Kept> {
+        self.feed.as_ref()?.found.kept()
     }
 
     /// Anomalies in the wrappers of the image. Complete once the image has been read to its end.

@@ -5,6 +5,7 @@
 //! has ended, what a guest boots from) are taken over. Devices and other settings are only
 //! reported, because no container that is written here can hold them in another toolstack's format.
 
+mod ova_xml;
 mod settings;
 mod sxp;
 mod xl_text;
@@ -15,6 +16,7 @@ use serde_json::Value;
 use xsr_format::wrapper::xl::{FLAG_JSON, XlHeader};
 use xsr_xen_backend::GuestKind;
 
+pub(crate) use self::ova_xml::SuspendDisk;
 pub(crate) use self::settings::TIMER_MODES;
 pub(crate) use self::xl_text::with_setting;
 use crate::config;

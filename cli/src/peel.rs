@@ -1,5 +1,5 @@
-//! Removes the wrappers of an image: compressions, libvirt's header, xapi's records, and the legacy
-//! form. The result is an image that the readers of version 2 and 3 accept: an xl image, a libxl
+//! Removes the wrappers of an image: compressions, XVA archives, libvirt's header, xapi's records,
+//! and the legacy form. The result is an image that the readers of version 2 and 3 accept: an xl image, a libxl
 //! stream, or a bare libxc stream.
 //!
 //! They are removed as the image is read, in bounded memory, however large the contents claim to
@@ -7,7 +7,9 @@
 
 mod compression;
 mod foreign;
+mod kept;
 mod packed;
+mod xva;
 mod zstd;
 
 use std::io::{self, Cursor, Read};
@@ -27,11 +29,13 @@ use xsr_format::wrapper::libvirt::LibvirtHeader;
 use xsr_format::wrapper::xapi::{XapiKind, XapiSource};
 use xsr_format::wrapper::xend::XendHeader;
 use xsr_format::wrapper::xl::{self, XlHeader};
+use xsr_save_restore::RestoreError;
 use xsr_xen_backend::GuestKind;
 
-pub(crate) use self::compression::is_damage;
-use self::compression::{Notes, Windows};
+use self::compression::{Notes, Windows, is_damage};
 pub(crate) use self::foreign::{by_its_end, unreadable};
+pub(crate) use self::kept::Kept;
+use self::xva::Xva;
 use crate::exit::BadImage;
 use crate::origin::Origin;
 use crate::text::Count;
@@ -110,6 +114,24 @@ pub(crate) fn drain(packed: &[Unpacked], stop: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
+/// What the reader of an image wants.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Wanted {
+    /// Tolerate reserved fields that are not zero.
+    pub(crate) lenient: bool,
+    /// Keep the records of an image of xapi that have no place in a libxl stream.
+    pub(crate) records: bool,
+}
+
+impl From<bool> for Wanted {
+    fn from(lenient: bool) -> Self {
+        Self {
+            lenient,
+            records: false,
+        }
+    }
+}
+
 /// What is found in the layers while the image is read through them. Complete once it has been
 /// read.
 #[derive(Clone, Debug, Default)]
@@ -117,6 +139,8 @@ pub(crate) struct Found {
     /// State that the image inside has no place for.
     left_out: Arc<Mutex<Vec<LeftOut>>>,
     notes: Notes,
+    /// What is kept of an image of xapi, if it is to be written again as one.
+    kept: Option<Kept>,
 }
 
 /// A piece of state that the image inside has no place for.
@@ -137,6 +161,11 @@ impl Found {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// What is kept of an image of xapi.
+    pub(crate) fn kept(&self) -> Option<&Kept> {
+        self.kept.as_ref()
     }
 
     /// Notes so far.
@@ -176,21 +205,22 @@ pub(crate) fn is_foreign(prefix: &[u8]) -> bool {
 /// # Errors
 ///
 /// The source failed; a layer is damaged, or cannot be removed; the contents are not an image.
-pub(crate) fn peel(source: Source, lenient: bool) -> Result<Peeled> {
-    peel_up_to(source, lenient, Checkpoints::All)
+pub(crate) fn peel(source: Source, wanted: Wanted) -> Result<Peeled> {
+    peel_up_to(source, wanted, Checkpoints::All)
 }
 
 /// The same for a connection on which the sender continues after the image: of a legacy stream, not
 /// a byte after the first checkpoint is read.
 pub(crate) fn peel_migration(source: Source) -> Result<Peeled> {
-    peel_up_to(source, false, Checkpoints::UpTo(1))
+    peel_up_to(source, Wanted::default(), Checkpoints::UpTo(1))
 }
 
-fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Result<Peeled> {
+fn peel_up_to(mut source: Source, wanted: Wanted, checkpoints: Checkpoints) -> Result<Peeled> {
+    let Wanted { lenient, records } = wanted;
     let mut layers: Vec<String> = Vec::new();
     let mut origin = None;
     let mut before = 0;
-    let found = Found::default();
+    let mut found = Found::default();
     let mut packed: Vec<Unpacked> = Vec::new();
     let mut used: Option<Used> = None;
     let windows = Windows::default();
@@ -256,6 +286,11 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
                 source = Box::new(inside);
                 before = 0;
             }
+            Detected::Xva => {
+                layers.push("XVA".to_owned());
+                source = Box::new(Xva::open(rest, &found.notes)?);
+                before = 0;
+            }
             Detected::Libvirt => {
                 let header = LibvirtHeader::read(&mut rest, options)?;
                 layers.push("libvirt".to_owned());
@@ -288,13 +323,22 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
                 };
                 layers.push(name.to_owned());
                 let mut xapi = XapiSource::behind(&[], rest)?.lenient(lenient);
+                if records {
+                    found.kept = Some(Kept::default());
+                }
+                if let Some(kept) = &found.kept {
+                    xapi = xapi.copying_aside(Box::new(kept.clone()));
+                }
                 if let Some(record) = xapi.description()? {
                     origin = Some(Origin::of_xapi(record));
+                    if let Some(kept) = &found.kept {
+                        kept.set_description(record);
+                    }
                 }
-                let left_out = Arc::clone(&found.left_out);
                 let source = Box::new(Xapi {
                     source: Noted(xapi, XapiSource::legacy),
-                    left_out,
+                    left_out: Arc::clone(&found.left_out),
+                    kept: found.kept.clone(),
                     seen: 0,
                 });
                 return Ok(done(source, layers, origin, found, before, packed, used));
@@ -340,6 +384,7 @@ fn nothing_behind(layer: &str, before: u64) -> Error {
 struct Xapi {
     source: Noted<XapiSource<Source>>,
     left_out: Arc<Mutex<Vec<LeftOut>>>,
+    kept: Option<Kept>,
     /// The number of records inspected.
     seen: usize,
 }
@@ -350,6 +395,12 @@ impl Read for Xapi {
         let records = self.source.0.records();
         if let Some(new) = records.get(self.seen..).filter(|new| !new.is_empty()) {
             let without_place = new.iter().filter_map(|record| {
+                if let Some(kept) = &self.kept
+                    && record.kind.is_device_state()
+                {
+                    kept.add(record);
+                    return None;
+                }
                 let what = match record.kind {
                     XapiKind::DEMU => "state of a virtual GPU",
                     XapiKind::VARSTORED => "UEFI variables",
@@ -447,11 +498,20 @@ pub(crate) fn unwrapped(error: io::Error) -> Error {
             .into_inner()
             .map(|inner| inner.downcast::<ReadError>())
         {
-            Some(Ok(inner)) => Error::new(*inner),
+            Some(Ok(inner)) => match &inner.cause {
+                ReadErrorCause::Io(cause) if xva::is_broken(cause) => bad(cause.to_string()),
+                _ => Error::new(*inner),
+            },
             Some(Err(other)) => Error::msg(other.to_string()),
             None => Error::msg("the source failed"),
         }
-    } else if is_damage(&error) {
+    } else if error
+        .get_ref()
+        .is_some_and(|inner| inner.is::<RestoreError>())
+    {
+        // A signal asked to stop.
+        Error::new(RestoreError::Aborted)
+    } else if is_damage(&error) || xva::is_broken(&error) {
         bad(error.to_string())
     } else {
         Error::new(error)
@@ -475,7 +535,7 @@ mod tests {
         packed.write_all(&image).expect("memory");
         let packed = packed.finish().expect("memory");
         let length = packed.len() as u64;
-        let mut peeled = peel(Box::new(Cursor::new(packed)), false).expect("a stream");
+        let mut peeled = peel(Box::new(Cursor::new(packed)), Wanted::default()).expect("a stream");
         let used = peeled.used.clone().expect("a compression");
         let mut half = (&mut peeled.source).take(32 << 20);
         io::copy(&mut half, &mut io::sink()).expect("gzip");

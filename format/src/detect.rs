@@ -13,6 +13,7 @@
 //! | `LinuxGuestRecord` | xend |
 //! | `LibxlFmt` | libxl stream |
 //! | FF × 8, `XENF` | libxc stream |
+//! | `ova.xml\0` | XVA: the name of a tar archive's first member |
 //! | a compressor's magic | compressed |
 //! | another program's magic | that program's format: see [`foreign`] |
 //! | possible legacy words | legacy stream |
@@ -32,6 +33,7 @@ pub const ENOUGH: usize = 32;
 const LIBXL: &[u8] = b"LibxlFmt";
 const LIBXL_WITH_VERSION: &[u8] = b"LibxlFmt\0\0\0\x02";
 const LZ4_LEGACY: &[u8] = b"\x02\x21\x4c\x18";
+const XVA: &[u8] = b"ova.xml\0";
 const LIBXC: &[u8] = b"\xff\xff\xff\xff\xff\xff\xff\xffXENF";
 
 /// The format of a file.
@@ -48,6 +50,8 @@ pub enum Detected {
     XapiLegacy,
     /// A file of `xm save`.
     Xend,
+    /// A VM that xapi exported, in which there may be a suspend image.
+    Xva,
     /// A libxl stream, version 2.
     Libxl,
     /// A libxc stream, version 2 or 3.
@@ -179,6 +183,9 @@ pub fn detect(prefix: &[u8]) -> Detected {
             return what;
         }
     }
+    if prefix.starts_with(XVA) {
+        return Detected::Xva;
+    }
     for compression in Compression::ALL {
         if compression.begins(prefix) {
             return Detected::Compressed(compression);
@@ -240,6 +247,7 @@ impl fmt::Display for Detected {
             Self::Xapi => f.write_str("suspend image of xapi"),
             Self::XapiLegacy => f.write_str("suspend image of XenServer before 6.5"),
             Self::Xend => f.write_str("domain saved by xend, with xm save"),
+            Self::Xva => f.write_str("VM exported by xapi (XVA)"),
             Self::Legacy(start) => write!(
                 f,
                 "legacy libxc stream of {:#x} frames, written by a {}",

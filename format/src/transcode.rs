@@ -64,6 +64,16 @@ pub trait ImageSink: Write {
         let head = page_data_head(entries)?;
         Ok(self.write_all(&head)?)
     }
+
+    /// Writes the state of an emulator beside a bare libxc stream, which has no place for it.
+    /// Returns whether it did: by default, the state is left out.
+    ///
+    /// # Errors
+    ///
+    /// The sink's error, or a state that it refuses.
+    fn emulator_context(&mut self, _state: &[u8]) -> io::Result<bool> {
+        Ok(false)
+    }
 }
 
 impl ImageSink for Vec<u8> {}
@@ -324,6 +334,12 @@ impl<'s, W: ImageSink> Transcoder<'s, W> {
             Some(libxl) => libxl.write(record)?,
             None if matches!(record, LibxlRecord::End | LibxlRecord::LibxcContext) => {}
             None => {
+                self.deliver()?;
+                if let LibxlRecord::EmulatorContext { state, .. } = record
+                    && (self.sink.emulator_context(state)).map_err(TranscodeError::Write)?
+                {
+                    return Ok(());
+                }
                 self.summary.dropped = self.summary.dropped.saturating_add(1);
                 if self.summary.named.len() < MAX_NAMED {
                     self.summary.named.push(Dropped {

@@ -22,6 +22,7 @@ Examples:
   xsr convert old.save -o new.save
   xsr convert --to libxl bare.libxc -o guest.libxl
   xsr convert --layout mapped web.save -o web.mapped
+  xsr convert --to xapi web.xva -o suspend.img
   zcat old.save.gz | xsr convert - -o - | ssh host xl restore /dev/stdin
   LIBXL_CONVERT_HELPER=/usr/lib/xsr/convert-legacy-stream xl restore old.save")]
 pub(crate) struct ConvertArgs {
@@ -74,6 +75,8 @@ pub(crate) enum ConvertTo {
     Libxl,
     /// An image of xl
     Xl,
+    /// A suspend image of xapi (XCP-ng, XenServer)
+    Xapi,
 }
 
 /// Where page data lies in an image.

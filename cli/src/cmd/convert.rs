@@ -10,6 +10,7 @@
 
 mod layout;
 pub(crate) mod script;
+mod xapi;
 
 use std::io::{Seek as _, SeekFrom, Write};
 use std::time::Instant;
@@ -40,7 +41,7 @@ use crate::file::Input;
 use crate::mapped::{self, InOrder, Reordered};
 use crate::origin;
 use crate::output::{Existing, Output, OutputPlan, Sink};
-use crate::peel::{self, LeftOut};
+use crate::peel::{self, LeftOut, Wanted};
 use crate::stdout::report;
 use crate::terminal::Terminal;
 use crate::text::{Count, size};
@@ -49,7 +50,7 @@ use crate::text::{Count, size};
 #[derive(Debug, Serialize)]
 struct ConvertReport<'a> {
     file: &'a str,
-    /// `libxc`, `libxl` or `xl`.
+    /// `libxc`, `libxl`, `xl` or `xapi`.
     to: &'static str,
     /// Whether it was a legacy stream.
     legacy: bool,
@@ -105,15 +106,11 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
     })?;
     drop(bar);
     let seconds = started.elapsed().as_secs_f64();
-    let to = match done.to {
-        Layer::Libxc => "libxc",
-        Layer::Libxl => "libxl",
-        Layer::Xl => "xl",
-    };
-    let what = match done.to {
-        Layer::Libxc => "a libxc stream",
-        Layer::Libxl => "a libxl stream",
-        Layer::Xl => "an xl image",
+    let (to, what) = match (args.to, done.to) {
+        (Some(ConvertTo::Xapi), _) => ("xapi", "a suspend image of xapi"),
+        (_, Layer::Libxc) => ("libxc", "a libxc stream"),
+        (_, Layer::Libxl) => ("libxl", "a libxl stream"),
+        (_, Layer::Xl) => ("xl", "an xl image"),
     };
     let words = match args.layout {
         LayoutArg::Stream => format!("{from} converted to {what}"),
@@ -179,7 +176,8 @@ fn config_header(path: &std::path::Path) -> Result<XlHeader> {
 
 pub(super) fn layer_of(to: ConvertTo) -> Layer {
     match to {
-        ConvertTo::Libxc => Layer::Libxc,
+        // A suspend image has a libxc stream in it.
+        ConvertTo::Libxc | ConvertTo::Xapi => Layer::Libxc,
         ConvertTo::Libxl => Layer::Libxl,
         ConvertTo::Xl => Layer::Xl,
     }
@@ -199,23 +197,27 @@ fn convert(
                 lenient: args.lenient,
                 offset: 0,
             };
-            match args.layout {
-                LayoutArg::Stream => (Some(XlHeader::read(&input.image, options)?), true),
-                LayoutArg::Mapped => (None, true),
+            match is_direct(args) {
+                true => (Some(XlHeader::read(&input.image, options)?), true),
+                false => (None, true),
             }
         }
         Detected::Legacy(_) => (None, true),
         _ if args.guest.is_some() || args.width.is_some() => (None, !is_modern(&prefix)),
         _ => (None, false),
     };
-    if legacy && args.layout == LayoutArg::Stream {
+    if legacy && is_direct(args) {
         return convert_legacy(args, &mut input, header.as_ref().or(config), sink);
     }
     if legacy && (args.guest.is_some() || args.width.is_some()) {
-        let why = "--guest and --width go with --layout stream: convert the image to that first";
+        let why = "--guest and --width go neither with --layout mapped nor with --to xapi: convert \
+                   the image to a stream first";
         return Err(Error::new(BadUsage(why.to_owned())));
     }
-    let input = input.unwrapped(args.lenient)?;
+    let input = input.unwrapped(Wanted {
+        lenient: args.lenient,
+        records: args.to == Some(ConvertTo::Xapi),
+    })?;
     let index = match args.ignore_index {
         true => None,
         false => mapped::index_of(&input, args.lenient)?,
@@ -226,6 +228,7 @@ fn convert(
     };
     let footer = index.map(|index| *index.footer());
     let done = match args.layout {
+        _ if args.to == Some(ConvertTo::Xapi) => to_xapi(args, &input, moved, sink),
         LayoutArg::Stream => {
             let mut sink = layout::Stream { sink, footer };
             match moved {
@@ -242,9 +245,40 @@ fn convert(
         .map_err(|error| input.blame(error))
 }
 
+/// Whether a legacy stream is converted from file to file, without a thread and a pipe.
+fn is_direct(args: &ConvertArgs) -> bool {
+    args.layout == LayoutArg::Stream && args.to != Some(ConvertTo::Xapi)
+}
+
+/// Writes a suspend image of xapi.
+fn to_xapi(
+    args: &ConvertArgs,
+    input: &Input,
+    moved: Option<InOrder<'_>>,
+    sink: &mut Sink<'_>,
+) -> Result<Done> {
+    let mut image = xapi::SuspendImage::begin(sink, input.kept())?;
+    let (done, image) = match moved {
+        None => {
+            let done = modern(args, input, None, &mut image, xapi::copy_through)?;
+            (done, image)
+        }
+        Some(pages) => {
+            let mut sink = Reordered { sink: image, pages };
+            let done = modern(args, input, None, &mut sink, mapped::pass_over)?;
+            (done, sink.sink)
+        }
+    };
+    image.finish(input.kept())?;
+    Ok(done)
+}
+
 /// Checks that the options go together.
 fn check_layout(args: &ConvertArgs) -> Result<()> {
     let mapped = args.layout == LayoutArg::Mapped;
+    if args.to == Some(ConvertTo::Xapi) {
+        xapi::check(mapped, args.config.is_some())?;
+    }
     let given = match (args.no_sparse, args.page_digests) {
         (true, _) => "--no-sparse",
         (_, true) => "--page-digests",
@@ -333,8 +367,11 @@ fn modern<'i, W: ImageSink>(
     })?;
     input.finish(walk.offset())?;
     let mut warnings = input.notes();
-    warnings.extend(without_place(&summary));
-    warnings.extend(origin::losses(input, to == Layer::Xl));
+    warnings.extend(without_place(&summary, args.to));
+    match args.to {
+        Some(ConvertTo::Xapi) => warnings.extend(xapi::losses(input, own)),
+        _ => warnings.extend(origin::losses(input, to == Layer::Xl)),
+    }
     for warning in &warnings {
         tracing::warn!("{warning}");
     }
@@ -363,7 +400,7 @@ fn left_out(dropped: &Dropped) -> LeftOut {
 }
 
 /// The records of a libxl stream that were left out, in words.
-fn without_place(summary: &Summary) -> Option<String> {
+fn without_place(summary: &Summary, to: Option<ConvertTo>) -> Option<String> {
     const NAMED: usize = 8;
     let named = summary.named.iter().take(NAMED).map(|dropped| {
         let left = left_out(dropped);
@@ -375,8 +412,12 @@ fn without_place(summary: &Summary) -> Option<String> {
         named.push("…".to_owned());
     }
     (summary.dropped > 0).then(|| {
+        let target = match to {
+            Some(ConvertTo::Xapi) => "a suspend image of xapi",
+            _ => "a libxc stream",
+        };
         format!(
-            "{} left out, for which a libxc stream has no place: {}; --to libxl keeps them",
+            "{} left out, for which {target} has no place: {}; --to libxl keeps them",
             Count(summary.dropped, "record"),
             named.join(", ")
         )

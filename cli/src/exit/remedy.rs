@@ -54,6 +54,7 @@ fn of_image(error: &ReadError) -> String {
     let remedy = match detected {
         Detected::Libvirt => "virsh restores it; a libxl stream is inside, which xsr cat takes out",
         Detected::Xapi => "xe resumes it; a libxc stream is inside, which xsr cat takes out",
+        Detected::Xva => "the memory of a suspended VM may be inside, which xsr cat takes out",
         Detected::XapiLegacy | Detected::Xend => {
             "a legacy stream is inside, which xsr convert reads"
         }

@@ -106,6 +106,10 @@ impl<W: ImageSink> ImageSink for Reordered<'_, W> {
         self.sink.xl_header(header)
     }
 
+    fn emulator_context(&mut self, state: &[u8]) -> io::Result<bool> {
+        self.sink.emulator_context(state)
+    }
+
     /// Writes all page records in place of the first.
     fn page_data(&mut self, _: &[PageEntry]) -> Result<(), WriteError> {
         let head = |sink: &mut W, entries: &[PageEntry]| sink.page_data(entries).map_err(Failed);

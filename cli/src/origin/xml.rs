@@ -1,5 +1,5 @@
 //! A reader of libvirt's XML: tags, attributes and text, without the document's own entities and
-//! without recursion.
+//! without recursion. `ova_xml.rs` shares its tokens.
 //!
 //! Documentation: <https://libvirt.org/formatdomain.html>. C implementation: `virDomainDefFormat`
 //! in libvirt's `src/conf/domain_conf.c`.
@@ -13,7 +13,7 @@ const MAX_DEPTH: usize = 64;
 
 /// A piece of a document.
 #[derive(Debug, PartialEq, Eq)]
-enum Piece<'x> {
+pub(super) enum Piece<'x> {
     Start {
         name: &'x str,
         attributes: &'x str,
@@ -24,10 +24,14 @@ enum Piece<'x> {
 }
 
 /// Reads a document piece by piece. Comments, declarations and processing instructions are skipped.
-struct Pieces<'x>(&'x str);
+pub(super) struct Pieces<'x>(&'x str);
 
 impl<'x> Pieces<'x> {
-    fn next(&mut self) -> Result<Option<Piece<'x>>, String> {
+    pub(super) fn new(text: &'x str) -> Self {
+        Self(text)
+    }
+
+    pub(super) fn next(&mut self) -> Result<Option<Piece<'x>>, String> {
         loop {
             let text = self.0;
             if text.is_empty() {
@@ -118,7 +122,7 @@ fn attribute(attributes: &str, wanted: &str) -> Option<String> {
 const LONGEST_ENTITY: usize = 16;
 
 /// A text with its entities replaced.
-fn plain(text: &str) -> String {
+pub(super) fn plain(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some((before, behind)) = rest.split_once('&') {
@@ -165,7 +169,7 @@ struct Device {
 
 /// The domain that an XML document describes.
 pub(super) fn read(text: &str) -> Result<Found, String> {
-    let mut pieces = Pieces(text);
+    let mut pieces = Pieces::new(text);
     let mut found = Found::default();
     let mut path: Vec<&str> = Vec::new();
     let mut unit = String::new();

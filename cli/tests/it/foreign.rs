@@ -5,6 +5,8 @@
 //! with xsr. They need `python3`.
 
 mod files;
+mod suspend;
+pub(crate) mod xva;
 
 use std::fs;
 use std::path::{Path, PathBuf};

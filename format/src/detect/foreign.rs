@@ -34,8 +34,6 @@ pub enum ForeignKind {
     DeviceModelState,
     /// A virtual machine of VirtualBox.
     VirtualBoxState,
-    /// A virtual machine that XenServer has exported, in pieces.
-    Xva,
     /// Memory as a core dump, without the state that a restore needs.
     CoreDump,
     /// Memory in another form, without the state that a restore needs.
@@ -134,7 +132,7 @@ use ForeignCompression::{Compress, Lzip, Lzma, Lzop, Snappy, Zlib};
 use ForeignKind::{
     Archive, Base64, Compressed, Configuration, CoreDump, Description, DeviceModelState, Disk,
     DiskImage, EmptyArchive, Encrypted, FlattenedDump, IncompleteSave, JsonConfiguration, KvmGuest,
-    LfsPointer, Memory, Minidump, Other, Tar, Vhd, VirtualBoxState, XmlDescription, Xva,
+    LfsPointer, Memory, Minidump, Other, Tar, Vhd, VirtualBoxState, XmlDescription,
 };
 
 /// Formats with a magic at the start.
@@ -202,7 +200,6 @@ const AT_START: &[Known] = &[
         "the state of a device model",
         DeviceModelState,
     ),
-    (0, b"ova.xml\0", "an XVA", Xva),
     (0, b"PK\x03\x04", "a zip archive", Archive),
     (0, b"PK\x05\x06", "an empty zip archive", EmptyArchive),
     (0, b"PK\x07\x08", "a zip archive", Archive),

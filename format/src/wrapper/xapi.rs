@@ -18,7 +18,8 @@
 //! numbers are little endian. The older format: `suspend` in `ocaml/xenops/domain.ml` as of
 //! XenServer 6.2; its only number is big endian.
 
-use std::io::{self, Read};
+use std::fmt;
+use std::io::{self, Read, Write};
 
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -52,6 +53,9 @@ const MAX_DESCRIPTION: u64 = 1 << 20;
 /// Maximum size of a record, except the libxc stream.
 const MAX_RECORD: u64 = MAX_BODY as u64 - 8;
 
+/// The most bytes of a device model's state that xenopsd reads.
+pub const MAX_QEMU_STATE: u64 = 1 << 20;
+
 /// The most records of an image, of which each is listed. xenopsd writes fewer than ten.
 const MAX_RECORDS: usize = 1024;
 
@@ -66,6 +70,24 @@ const MAX_RECORDS: usize = 1024;
 struct WireXapiHeader {
     kind: U64,
     length: U64,
+}
+
+/// The header of a record. A body of `length` bytes follows, without padding; after
+/// [`XapiKind::LIBXC`] a libxc stream, whose length is 0 here.
+pub fn record_header(kind: XapiKind, length: u64) -> [u8; 16] {
+    zerocopy::transmute!(WireXapiHeader {
+        kind: U64::new(kind.0, ByteOrder::Little),
+        length: U64::new(length, ByteOrder::Little),
+    })
+}
+
+/// Where the bodies of records go that have no place in a libxl stream.
+struct Aside(Option<Box<dyn Write + Send>>);
+
+impl fmt::Debug for Aside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Aside" } else { "nowhere" })
+    }
 }
 
 /// An image of xapi, presented as a libxl stream.
@@ -114,6 +136,7 @@ pub struct XapiSource<R> {
     description: Option<Vec<u8>>,
     /// Whether the image is from XenServer before 6.5.
     old: bool,
+    aside: Aside,
 }
 
 /// Where bytes come from.
@@ -188,6 +211,7 @@ impl<R: Read> XapiSource<R> {
             legacy: None,
             description: None,
             old: magic == LEGACY_MAGIC,
+            aside: Aside(None),
         };
         if image.old {
             image.libxl_header(LibxlRecordKind::LIBXC_CONTEXT, 0);
@@ -215,6 +239,17 @@ impl<R: Read> XapiSource<R> {
     #[must_use]
     pub fn lenient(self, lenient: bool) -> Self {
         Self { lenient, ..self }
+    }
+
+    /// Copies the bodies of records that have no place in a libxl stream
+    /// ([`XapiKind::is_device_state`]) to `aside`, one after the other. [`records`](Self::records)
+    /// has their lengths.
+    #[must_use]
+    pub fn copying_aside(self, aside: Box<dyn Write + Send>) -> Self {
+        Self {
+            aside: Aside(Some(aside)),
+            ..self
+        }
     }
 
     /// The records read so far.
@@ -339,9 +374,14 @@ impl<R: Read> XapiSource<R> {
                 self.offset = self.offset.saturating_add(length);
                 self.description = Some(body);
             }
-            _ => {
-                let skipped = skip_by_reading(&mut self.source, length, &mut Vec::new())
-                    .map_err(ReadErrorCause::Io)?;
+            kind => {
+                let skipped = match &mut self.aside.0 {
+                    Some(aside) if kind.is_device_state() => {
+                        io::copy(&mut (&mut self.source).take(length), aside)
+                    }
+                    _ => skip_by_reading(&mut self.source, length, &mut Vec::new()),
+                };
+                let skipped = skipped.map_err(ReadErrorCause::Io)?;
                 self.offset = self.offset.saturating_add(skipped);
                 let needed = length.saturating_sub(skipped);
                 if needed > 0 {

@@ -18,7 +18,6 @@ pub(super) fn advice(kind: ForeignKind) -> Option<&'static str> {
         ForeignKind::IncompleteSave => "save the domain again",
         ForeignKind::DeviceModelState => "the guest's memory is missing",
         ForeignKind::VirtualBoxState => "only VirtualBox reads it",
-        ForeignKind::Xva => "xe vm-import imports it; a suspend image in it is cut into pieces",
         ForeignKind::CoreDump => {
             "it holds memory, but not the state that a restore needs; crash, volatility3 and gdb \
              open it"

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use super::*;
 use crate::common::image;
+use crate::foreign::xva::{VM, member};
 
 /// Most bytes of another toolstack's text.
 const LONG: usize = 16 << 20;
@@ -245,6 +246,43 @@ fn a_large_disk() {
         file.write_all_at(&vec![0xff; 64 << 10], first).unwrap();
         file.write_all_at(&inside, first + (64 << 10)).unwrap();
         file.set_len(first + (64 << 10) + BLOCK).unwrap();
+    });
+}
+
+/// Archives of xapi: an image in the longest blocks, with a gap; a description that is deep and
+/// long; members that have nothing to do with the memory.
+#[test]
+fn archives() {
+    const BLOCK: usize = 16 << 20;
+    let xml = member("ova.xml", VM.as_bytes());
+    few("xva-blocks", 0, 1 << 14, |path| {
+        xapi(path, |out| {
+            record(out, UEFI_VARIABLES, 120 << 20);
+            hole(out, 120 << 20);
+        });
+        let disk = fs::read(path).unwrap();
+        let mut out = BufWriter::new(File::create(path).unwrap());
+        out.write_all(&xml).unwrap();
+        for (number, block) in disk.chunks(BLOCK).enumerate() {
+            if block.iter().any(|byte| *byte != 0) {
+                let name = format!("Ref:4/{number:08}");
+                out.write_all(&member(&name, block)).unwrap();
+            }
+        }
+        out.flush().unwrap();
+    });
+    few("xva-description", 2, 1, |path| {
+        let text = "<value><struct>".repeat(LONG / 15);
+        fs::write(path, member("ova.xml", text.as_bytes())).unwrap();
+    });
+    few("xva-members", 2, 1, |path| {
+        let mut out = BufWriter::new(File::create(path).unwrap());
+        out.write_all(&xml).unwrap();
+        let other = member("Ref:3/00000000", b"");
+        for _ in 0..500_000 {
+            out.write_all(&other).unwrap();
+        }
+        out.flush().unwrap();
     });
 }
 

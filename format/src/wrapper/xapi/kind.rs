@@ -36,6 +36,14 @@ impl XapiKind {
     /// The end.
     pub const END_OF_IMAGE: Self = Self(0xffff);
 
+    /// Whether it is the state of a device that a libxl stream has no record for.
+    pub const fn is_device_state(self) -> bool {
+        matches!(
+            self,
+            Self::DEMU | Self::VARSTORED | Self::SWTPM0 | Self::SWTPM
+        )
+    }
+
     /// The name in xenopsd; `None` for an undefined kind.
     pub const fn name(self) -> Option<&'static str> {
         Some(match self.0 {
