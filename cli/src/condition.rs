@@ -1,8 +1,8 @@
 //! The state of a domain, in words: whether it can be saved or sent, and what has become of it
 //! after a failure.
 
-use nix::errno::Errno;
 use xsr_save_restore::migrate::ownership::protect::Here;
+use xsr_xen_backend::Errno;
 use xsr_xen_backend::domain_store::{Blame, DomainRef, DomainStore, DomainStoreError};
 use xsr_xen_backend::{BackendError, Domain, DomainInfo, ShutdownReason};
 

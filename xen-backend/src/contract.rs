@@ -21,7 +21,7 @@ mod tests;
 
 use std::fmt;
 
-use nix::errno::Errno;
+use crate::Errno;
 
 pub use domain_store::{domain_store_names, run_domain_store};
 

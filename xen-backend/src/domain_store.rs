@@ -19,7 +19,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use crate::{DomId, Domain, DomainInfo, Host, Ring, Uuid};
 

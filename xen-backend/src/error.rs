@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use nix::errno::Errno;
+use crate::Errno;
 use thiserror::Error;
 use xsr_format::frame::Gfn;
 

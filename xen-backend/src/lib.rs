@@ -27,6 +27,7 @@
 #[cfg(any(test, feature = "contract"))]
 pub mod contract;
 pub mod domain_store;
+mod errno;
 pub mod error;
 mod log_dirty;
 #[cfg(feature = "mock")]
@@ -50,10 +51,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, PageType, Pfn};
 
+pub use errno::Errno;
 pub use error::{BackendError, Detail, MapError, PolicyEntry};
 pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
 pub use new_domain::{DomainSettings, NewDomain};
-pub use nix::errno::Errno;
 pub use pages::{Access, ForeignPage, ForeignPages, Gather, Unwritten, WriteCall};
 pub use uuid::{BadUuid, Uuid};
 pub use xen::{OpenError, Ring, XenHost, known_versions};

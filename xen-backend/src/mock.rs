@@ -54,7 +54,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use nix::errno::Errno;
+use crate::Errno;
 use serde::{Deserialize, Serialize};
 
 use self::domain::MockDomain;

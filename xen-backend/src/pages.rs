@@ -20,7 +20,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use nix::errno::Errno;
+use crate::Errno;
 use nix::libc;
 use nix::sys::mman;
 use xsr_format::frame::{Gfn, PAGE_SIZE, Page};

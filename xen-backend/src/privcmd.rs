@@ -17,7 +17,7 @@ mod mapping;
 use std::fmt;
 use std::ops::Range;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Gfn;
 
 use crate::DomId;

@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use self::calls::Calls;
 pub(crate) use self::libxl_files::LibxlFiles;

@@ -10,7 +10,7 @@ mod wire;
 use std::fmt;
 use std::io;
 
-use nix::errno::Errno;
+use crate::Errno;
 use thiserror::Error;
 use xsr_format::frame::Gfn;
 
@@ -53,7 +53,7 @@ impl StoreError {
     pub(crate) fn errno(&self) -> Errno {
         match self {
             Self::Absent(_) => Errno::ENOTCONN,
-            Self::Connection(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            Self::Connection(error) => Errno::of(&error),
             Self::Refused { errno, .. } => *errno,
         }
     }

@@ -8,8 +8,8 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use nix::errno::Errno;
 use xsr_format::frame::{Gfn, PageType};
+use xsr_xen_backend::Errno;
 use xsr_xen_backend::domain_store::DomainStore;
 use xsr_xen_backend::mock::{DomainState, GuestSpec, HostConfig, MockError, MockHost};
 use xsr_xen_backend::{Access, DomId, Domain, GuestKind, Host, RingGrant, TscInfo, VcpuBlob};

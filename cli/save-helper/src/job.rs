@@ -6,7 +6,6 @@ use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context as _, Result};
-use nix::errno::Errno;
 use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::back_channel::FdBackChannel;
@@ -19,6 +18,7 @@ use xsr_save_restore::source::FdSource;
 use xsr_save_restore::{
     Live, RestoreError, RestoreRequest, Restored, Rings, SaveError, SaveOptions,
 };
+use xsr_xen_backend::Errno;
 use xsr_xen_backend::{BackendError, Domain, MapError};
 
 use crate::args::{Args, RestoreArgs, SaveArgs, StreamType};
@@ -77,7 +77,7 @@ pub(crate) fn run(
             tracing::error!("{} failed: {words}{advice}", args.what());
             Outcome {
                 retval: -1,
-                errno: errno_of(error.as_ref()) as i32,
+                errno: errno_of(error.as_ref()).raw(),
             }
         }
     })
@@ -381,7 +381,7 @@ mod tests {
             format!("{error:#}"),
             "writing the stream failed: writing failed: broken pipe"
         );
-        let raw = io::Error::from_raw_os_error(Errno::ENOSPC as i32);
+        let raw = io::Error::from_raw_os_error(Errno::ENOSPC.raw());
         let error = anyhow::Error::new(SaveError::from(raw)).context("saving");
         assert_eq!(errno_of(error.as_ref()), Errno::ENOSPC);
         assert_eq!(errno_of(&SaveError::Aborted), Errno::ECANCELED);

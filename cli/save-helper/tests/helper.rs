@@ -28,12 +28,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 
 use images::scratch;
-use nix::errno::Errno;
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
 use xsr_save_restore::SaveOptions;
 use xsr_save_restore::sink::CopySink;
 use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_xen_backend::Errno;
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{DomId, GuestKind, Host as _, ShutdownReason};
 

@@ -6,9 +6,8 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use nix::errno::Errno;
 use xsr_format::frame::{PAGE_SIZE, Pfn};
-use xsr_xen_backend::{BackendError, DirtyBitmap, DirtyRead, Domain};
+use xsr_xen_backend::{BackendError, DirtyBitmap, DirtyRead, Domain, Errno};
 
 use crate::error::SaveError;
 use crate::guest::{GuestSave, Out};

@@ -218,7 +218,8 @@ fn every_checkpoint_is_the_guest_as_it_suspended() {
         let stream = sink.0;
 
         assert_eq!(stats.checkpoints, EPOCHS);
-        let paused = remus.epochs.iter().map(|epoch| epoch.suspended_for).sum();
+        let paused: std::time::Duration =
+            remus.epochs.iter().map(|epoch| epoch.suspended_for).sum();
         assert_eq!(stats.stream.suspended_for, paused);
         for epoch in &remus.epochs[1..] {
             // The pages that the guest has written, and no others.

@@ -92,7 +92,7 @@ fn fault() -> impl Strategy<Value = Fault> {
 }
 
 fn upset() -> impl Strategy<Value = Upset> {
-    let errno = |errno: Errno| Just(Upset::Errno(errno as i32));
+    let errno = |errno: Errno| Just(Upset::Errno(errno.raw()));
     prop_oneof![
         errno(Errno::EPIPE),
         errno(Errno::ECONNRESET),

@@ -7,11 +7,11 @@ use std::ffi::{c_int, c_uint, c_ulong, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::Ordering;
 
-use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::munmap;
 use xsr_format::frame::{Gfn, PAGE_SIZE};
 use xsr_xen_backend::Access;
+use xsr_xen_backend::Errno;
 
 use crate::machine::{self, MAPS};
 
@@ -23,7 +23,7 @@ pub struct Resource {
 }
 
 fn failed<T>(errno: Errno) -> *mut T {
-    errno.set();
+    machine::set_errno(errno);
     ptr::null_mut()
 }
 
@@ -112,7 +112,7 @@ pub unsafe extern "C" fn xenforeignmemory_map(
             let errors = unsafe { std::slice::from_raw_parts_mut(errors.as_ptr(), pages) };
             errors.fill(0);
             for error in mapped.failed() {
-                errors[error.index] = -(error.errno as c_int);
+                errors[error.index] = -(error.errno.raw());
             }
         }
     }
@@ -134,7 +134,7 @@ pub unsafe extern "C" fn xenforeignmemory_unmap(
         return machine::status(Err(Errno::EINVAL));
     };
     // SAFETY: a mapping of that many pages, which the caller no longer uses.
-    machine::status(unsafe { munmap(base, pages * PAGE_SIZE) })
+    machine::status(unsafe { munmap(base, pages * PAGE_SIZE) }.map_err(Errno::from))
 }
 
 /// `xenforeignmemory_map_resource`
@@ -186,7 +186,9 @@ pub unsafe extern "C" fn xenforeignmemory_unmap_resource(
     // SAFETY: made by `Box::into_raw` above, and no longer used by the caller.
     let resource = unsafe { Box::from_raw(resource) };
     // SAFETY: the mapping of that many pages, which ends with the resource.
-    machine::status(unsafe { munmap(resource.base.cast(), resource.frames * PAGE_SIZE) })
+    machine::status(
+        unsafe { munmap(resource.base.cast(), resource.frames * PAGE_SIZE) }.map_err(Errno::from),
+    )
 }
 
 /// `xenforeignmemory_resource_size`: not supported.

@@ -6,11 +6,16 @@ use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use nix::errno::Errno;
+use xsr_xen_backend::Errno;
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::mock::peer::PeerFace;
 
 use crate::memory::BUFFERS;
+
+/// Sets this thread's `errno` for the C caller.
+pub(crate) fn set_errno(errno: Errno) {
+    nix::errno::Errno::from_raw(errno.raw()).set();
+}
 
 /// The variable that names the machine's directory.
 const HOST: &str = "XSR_PEER_HOST";
@@ -45,7 +50,7 @@ pub(crate) fn open() -> *mut c_void {
     }
     let Some(dir) = std::env::var_os(HOST) else {
         eprintln!("xsr-peer: {HOST} is not set, and there is no other hypervisor here");
-        Errno::ENOENT.set();
+        set_errno(Errno::ENOENT);
         return ptr::null_mut();
     };
     match MockHost::open(Path::new(&dir)) {
@@ -55,7 +60,7 @@ pub(crate) fn open() -> *mut c_void {
         }
         Err(error) => {
             eprintln!("xsr-peer: {error}");
-            Errno::EIO.set();
+            set_errno(Errno::EIO);
             ptr::null_mut()
         }
     }
@@ -136,7 +141,7 @@ pub(crate) fn returned(result: Result<u64, Errno>) -> i64 {
     match result.and_then(|value| i64::try_from(value).map_err(|_| Errno::ERANGE)) {
         Ok(value) => value,
         Err(errno) => {
-            errno.set();
+            set_errno(errno);
             -1
         }
     }
@@ -147,7 +152,7 @@ pub(crate) fn status(result: Result<(), Errno>) -> i32 {
     match result {
         Ok(()) => 0,
         Err(errno) => {
-            errno.set();
+            set_errno(errno);
             -1
         }
     }

@@ -11,10 +11,10 @@ use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
 use xsr_format::frame::PAGE_SIZE;
+use xsr_xen_backend::Errno;
 use xsr_xen_backend::mock::peer::CallerMemory;
 
 /// Words of a page.

@@ -7,7 +7,7 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr;
 
-use nix::errno::Errno;
+use xsr_xen_backend::Errno;
 
 use crate::machine;
 
@@ -84,7 +84,7 @@ macro_rules! no_pages {
         #[doc = concat!("`", stringify!($name), "`: not on this machine.")]
         #[unsafe(no_mangle)]
         pub extern "C" fn $name() -> *mut c_void {
-            Errno::EOPNOTSUPP.set();
+            machine::set_errno(Errno::EOPNOTSUPP);
             ptr::null_mut()
         }
     )*};

@@ -1,6 +1,6 @@
 //! Checks of the host and of a domain's life cycle.
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::kit::{self, Guest};
 use super::{Check, Violation, ensure, equal, fails};

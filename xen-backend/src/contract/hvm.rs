@@ -1,6 +1,6 @@
 //! Checks for translated guests.
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::kit::{Guest, hvm_context};
 use super::{Check, Violation, ensure, equal, fails};

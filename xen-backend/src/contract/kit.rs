@@ -31,7 +31,7 @@ impl Deref for Guest {
 impl Drop for Guest {
     fn drop(&mut self) {
         if let Err(error) = self.domain.destroy()
-            && error.errno != nix::errno::Errno::ESRCH
+            && error.errno != crate::Errno::ESRCH
         {
             tracing::error!(%error, "a domain of the contract suite is left behind");
         }
@@ -87,7 +87,7 @@ impl Guest {
     pub(super) fn narrow(&self) -> Result<bool, Violation> {
         match self.pv()?.set_guest_width(4) {
             Ok(()) => Ok(true),
-            Err(error) if error.errno == nix::errno::Errno::EOPNOTSUPP => Ok(false),
+            Err(error) if error.errno == crate::Errno::EOPNOTSUPP => Ok(false),
             Err(error) => Err(error.into()),
         }
     }

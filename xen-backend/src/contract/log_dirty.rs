@@ -1,7 +1,7 @@
 //! Checks of the dirty log. The guest's own writes cannot be provoked from outside, only those that
 //! the hypervisor counts as such.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, Pfn};
 
 use super::kit::{self, Guest, PRESENT, RW, mfn};

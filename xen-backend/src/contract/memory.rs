@@ -1,6 +1,6 @@
 //! Checks of a domain's memory.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, PAGE_SIZE, PageType};
 
 use super::kit::{self, Guest};

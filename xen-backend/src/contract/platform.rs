@@ -1,6 +1,6 @@
 //! Checks of the calls that PV and translated guests have in common.
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::kit::Guest;
 use super::{Check, Violation, ensure, equal, fails};

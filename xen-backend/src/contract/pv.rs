@@ -1,6 +1,6 @@
 //! Checks for PV guests.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, PageType};
 
 use super::kit::{Guest, NO_PFN, PRESENT, context, entry, mfn, put};

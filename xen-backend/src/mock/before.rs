@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Mfn;
 
 use super::domain::MockDomain;
@@ -30,10 +30,11 @@ impl Before {
             _ => None,
         };
         let rings = start_info.map(|mfn| Ok((mfn, domain.rings(state.record.width, mfn)?)));
+        let rings: Result<_, Errno> = rings.transpose();
         Ok(Self {
             record: state.record.clone(),
             blobs: state.blobs.clone(),
-            rings: rings.transpose()?,
+            rings: rings?,
         })
     }
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageType, Pfn};
 
 use super::MockHost;

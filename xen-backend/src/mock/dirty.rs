@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::MockHost;
 use super::domain::MockDomain;

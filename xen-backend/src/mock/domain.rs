@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, PageType};
 
 use super::before::Before;

@@ -10,7 +10,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::domain::{MockDomain, storage_errno};
 use super::error::MockError;

@@ -28,7 +28,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Gfn;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -311,7 +311,7 @@ impl Face {
                 Ok(number) => self.answer(number, [a, b, c, d, e]),
             };
             // Like Xen, which returns an error as its negative number.
-            let result = answer.unwrap_or_else(|errno| (-i64::from(errno as i32)).cast_unsigned());
+            let result = answer.unwrap_or_else(|errno| (-i64::from(errno.raw())).cast_unsigned());
             self.save(place + 8, &result)?;
         }
         Ok(0)

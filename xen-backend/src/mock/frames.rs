@@ -17,7 +17,7 @@
 //! | 36–47 | linear entries (> 0) or linear uses (< 0), signed |
 //! | 48–63 | the owner's number |
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Mfn, PageType};
 
 use super::memory::Words;

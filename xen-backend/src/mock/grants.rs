@@ -10,7 +10,7 @@
 //! C: `grant_entry_v1` in `xen/include/public/grant_table.h`,
 //! `xc_dom_set_gnttab_entry` in `tools/libs/guest/xg_dom_boot.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::Mfn;
 

@@ -8,7 +8,7 @@ mod tables;
 use std::sync::OnceLock;
 use std::{fmt, thread};
 
-use nix::errno::Errno;
+use crate::Errno;
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
 

@@ -10,7 +10,7 @@
 //! C implementation: `xen/arch/x86/hvm/save.c`; the bodies are laid out in
 //! `xen/include/public/arch-x86/hvm/save.h`.
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::layout::{read_word, write_word};
 use super::platform::HOST_KHZ;

@@ -3,7 +3,7 @@
 //!
 //! C implementation: Linux, `drivers/xen/manage.c`, `arch/x86/xen/suspend_pv.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Mfn;
 
 use super::domain::MockDomain;

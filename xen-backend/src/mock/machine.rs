@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use nix::errno::Errno;
+use crate::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc::off_t;
 use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
@@ -614,7 +614,7 @@ fn pages_counter(domid: DomId) -> usize {
 /// The errno of an I/O error on the machine's own files.
 pub(super) fn io_errno(error: &std::io::Error) -> Errno {
     tracing::error!(%error, "the mock machine's memory failed");
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+    Errno::of(error)
 }
 
 /// Zero `pages` frames from `first` on and release their disk space.
@@ -622,7 +622,7 @@ fn punch(memory: &File, first: Mfn, pages: usize) -> Result<(), Errno> {
     let offset = off_t::try_from(first.0 * PAGE_SIZE as u64).map_err(|_| Errno::EINVAL)?;
     let len = off_t::try_from(pages * PAGE_SIZE).map_err(|_| Errno::EINVAL)?;
     let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    match fallocate(memory, how, offset, len) {
+    match fallocate(memory, how, offset, len).map_err(Errno::from) {
         // A file system that cannot punch holes.
         Err(Errno::EOPNOTSUPP) => {
             let zeros = [0; PAGE_SIZE];

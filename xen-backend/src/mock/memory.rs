@@ -12,7 +12,7 @@ use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::errno::Errno;
+use crate::Errno;
 use nix::libc::off_t;
 use nix::sys::mman::{self, MapFlags, ProtFlags};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};

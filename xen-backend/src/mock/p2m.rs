@@ -4,7 +4,7 @@
 //! C implementation: `map_p2m_tree` and `map_p2m_list` in
 //! `tools/libs/guest/xg_sr_save_x86_pv.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
 
 use super::domain::MockDomain;

@@ -9,7 +9,7 @@
 //! `xen/arch/x86/pv/mm.h`. For a bad entry Xen returns EPERM or EBUSY; this returns EINVAL, as the
 //! trait permits.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Mfn, Page};
 
 use super::dirty::DirtyLog;

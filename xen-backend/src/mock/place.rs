@@ -14,7 +14,7 @@ use std::os::unix::fs::{
 };
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
+use crate::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, SFlag, fchmod, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
@@ -177,7 +177,7 @@ impl Place {
     fn open_or_make(&self, name: &str) -> Result<OwnedFd, MockError> {
         let make =
             OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        match openat(&self.fd, name, make, PRIVATE_FILE) {
+        match openat(&self.fd, name, make, PRIVATE_FILE).map_err(Errno::from) {
             Ok(fd) => {
                 // The umask may have removed permissions that the owner needs.
                 fchmod(&fd, PRIVATE_FILE).map_err(|errno| {
@@ -280,7 +280,7 @@ impl Place {
 
     /// Remove a file in it, if it exists.
     pub(super) fn remove(&self, name: &str) -> Result<(), MockError> {
-        match unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir) {
+        match unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir).map_err(Errno::from) {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),
             Err(errno) => Err(MockError::io("remove", self.path.join(name))(errno.into())),
         }

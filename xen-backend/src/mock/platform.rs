@@ -3,7 +3,7 @@
 //! C implementation: `xen/arch/x86/{time,domctl,cpu-policy}.c`,
 //! `xen/arch/x86/hvm/{hvm,save}.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::domain::MockDomain;
 use super::hvm_context;

@@ -3,7 +3,7 @@
 //!
 //! C implementation: `xen/lib/x86/{cpuid,msr,policy}.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::layout::read_word;
 use crate::{CpuPolicy, GuestKind, PolicyEntry};

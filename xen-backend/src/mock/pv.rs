@@ -3,7 +3,7 @@
 //! C implementation: `arch_set_info_guest` in `xen/arch/x86/domain.c`,
 //! `pv_set_gdt` in `xen/arch/x86/pv/descriptor-tables.c`, `xen/arch/x86/domctl.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Mfn, PAGE_SIZE};
 
 use super::domain::MockDomain;

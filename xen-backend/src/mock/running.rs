@@ -4,7 +4,7 @@
 //! C implementation: `guest_remove_page` and `populate_physmap` in
 //! `xen/common/memory.c`, `paging_mark_dirty` in `xen/arch/x86/mm/paging.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, Mfn};
 
 use super::domain::MockDomain;

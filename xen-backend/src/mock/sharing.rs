@@ -33,7 +33,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
+use crate::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
@@ -270,7 +270,8 @@ impl Locks {
             l_len: 1,
             l_pid: 0,
         };
-        fcntl(file, FcntlArg::F_OFD_SETLK(&what)).map(drop)
+        fcntl(file, FcntlArg::F_OFD_SETLK(&what))?;
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use nix::errno::Errno;
+use crate::Errno;
 use serde::Serialize;
 use xsr_format::frame::{Gfn, PageType};
 

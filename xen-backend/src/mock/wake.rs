@@ -11,7 +11,7 @@
 //! C: Linux `xen_pv_post_suspend` (`xen_setup_shared_info`,
 //! `xen_build_mfn_list_list`).
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
 
 use super::domain::{MockDomain, storage_errno};

@@ -12,7 +12,7 @@ mod pv;
 use std::ops::AddAssign;
 use std::time::Duration;
 
-use nix::errno::Errno;
+use crate::Errno;
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn, Pfn};
 

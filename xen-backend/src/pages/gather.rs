@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
-use nix::errno::Errno;
+use crate::Errno;
 use nix::libc;
 use xsr_format::frame::PAGE_SIZE;
 
@@ -395,6 +395,6 @@ mod tests {
         let mut list = Gather::new();
         list.push_page(pages.page_unchecked(1));
         let error = write_all(&list, writer.as_fd(), WriteCall::Writev).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(Errno::EFAULT as i32));
+        assert_eq!(error.raw_os_error(), Some(Errno::EFAULT.raw()));
     }
 }

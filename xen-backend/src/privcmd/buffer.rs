@@ -12,7 +12,7 @@ use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::errno::Errno;
+use crate::Errno;
 use nix::sys::mman::{self, MapFlags, MmapAdvise, ProtFlags};
 use xsr_format::frame::PAGE_SIZE;
 

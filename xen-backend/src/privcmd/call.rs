@@ -15,7 +15,7 @@
 use std::marker::PhantomData;
 use std::mem::offset_of;
 
-use nix::errno::Errno;
+use crate::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::CallBuffer;

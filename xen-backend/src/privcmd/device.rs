@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::errno::Errno;
+use crate::Errno;
 use nix::libc;
 use xsr_format::frame::Gfn;
 
@@ -38,7 +38,7 @@ fn open(path: impl AsRef<Path>) -> io::Result<File> {
 
 /// `None` if the file does not exist, or no device serves it.
 fn optional(opened: io::Result<File>) -> io::Result<Option<File>> {
-    let absent = [Errno::ENOENT, Errno::ENXIO, Errno::ENODEV].map(|errno| errno as i32);
+    let absent = [Errno::ENOENT, Errno::ENXIO, Errno::ENODEV].map(|errno| errno.raw());
     match opened {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.raw_os_error().is_some_and(|e| absent.contains(&e)) => Ok(None),
@@ -119,8 +119,7 @@ impl Hypercalls for Privcmd {
     }
 
     fn notify(&self, domid: DomId, port: u32) -> Result<(), Errno> {
-        let device = open(EVENTS)
-            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EIO as i32)))?;
+        let device = open(EVENTS).map_err(|error| Errno::of(&error))?;
         events::notify(&device, domid, port)
     }
 }
@@ -158,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_device_without_a_driver_is_none() {
-        let failed = |errno: Errno| optional(Err(io::Error::from_raw_os_error(errno as i32)));
+        let failed = |errno: Errno| optional(Err(io::Error::from_raw_os_error(errno.raw())));
         for errno in [Errno::ENOENT, Errno::ENXIO, Errno::ENODEV] {
             assert!(matches!(failed(errno), Ok(None)), "{errno}");
         }

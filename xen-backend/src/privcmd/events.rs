@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::ioctl::{self, BindInterdomain, Port};
 use crate::DomId;
@@ -27,5 +27,6 @@ pub(super) fn notify(device: &File, domid: DomId, port: u32) -> Result<(), Errno
     let notified = unsafe { ioctl::notify(device.as_raw_fd(), &raw mut ours) };
     // SAFETY: as above.
     let unbound = unsafe { ioctl::unbind(device.as_raw_fd(), &raw mut ours) };
-    notified.and(unbound).map(drop)
+    notified.and(unbound)?;
+    Ok(())
 }

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use nix::errno::Errno;
+use crate::Errno;
 use nix::sys::mman::{self, MapFlags, ProtFlags};
 use xsr_format::frame::{Gfn, PAGE_SIZE};
 
@@ -87,7 +87,7 @@ impl Mapping {
             base,
             gfns: gfns.to_vec(),
             asked: gfns.iter().map(|gfn| gfn.0.min(LARGEST_FRAME)).collect(),
-            errors: vec![-(Errno::EAGAIN as i32); gfns.len()],
+            errors: vec![-Errno::EAGAIN.raw(); gfns.len()],
         })
     }
 }
@@ -102,7 +102,7 @@ impl FrameMapping for Mapping {
         // SAFETY: `range` lies inside the reservation: the slices above did not panic.
         let first = unsafe { self.base.add(range.start * PAGE_SIZE) };
         // A frame for which the kernel reports nothing is not mapped.
-        errors.fill(-(Errno::EFAULT as i32));
+        errors.fill(-Errno::EFAULT.raw());
         let mut batch = MmapBatch {
             num: u32::try_from(asked.len()).map_err(|_| Errno::EINVAL)?,
             dom: self.domid.0,
@@ -115,11 +115,11 @@ impl FrameMapping for Mapping {
         // mapping of privcmd's that we own and nothing has borrowed, so the kernel may
         // put frames there.
         let called = unsafe { ioctl::mmap_batch(self.privcmd.as_raw_fd(), &raw mut batch) };
-        match called {
+        match called.map_err(Errno::from) {
             // Some frames are paged out: `errors` says which.
             Ok(_) | Err(Errno::ENOENT) => Ok(()),
             Err(errno) => {
-                errors.fill(-(errno as i32));
+                errors.fill(-errno.raw());
                 Err(errno)
             }
         }
@@ -171,10 +171,12 @@ pub(super) fn resource(
     // SAFETY: the descriptor is privcmd's; `addr` to `addr + num * 4096` is a mapping of
     // privcmd's that we own and nothing has borrowed.
     let mapped = unsafe { ioctl::mmap_resource(privcmd.as_raw_fd(), &raw mut request) };
-    mapped.map_err(|errno| match errno == unimplemented(privcmd) {
-        true => Errno::EOPNOTSUPP,
-        false => errno,
-    })?;
+    mapped
+        .map_err(Errno::from)
+        .map_err(|errno| match errno == unimplemented(privcmd) {
+            true => Errno::EOPNOTSUPP,
+            false => errno,
+        })?;
     reachable(&pages)?;
     Ok(pages)
 }
@@ -183,7 +185,7 @@ pub(super) fn resource(
 fn unimplemented(privcmd: &File) -> Errno {
     // SAFETY: the request takes no argument, and no kernel does anything for it.
     let asked = unsafe { ioctl::unimplemented(privcmd.as_raw_fd()) };
-    asked.err().unwrap_or(Errno::ENOTTY)
+    asked.err().map_or(Errno::ENOTTY, Errno::from)
 }
 
 /// Whether every page is backed by memory. Linux reports a resource as mapped even if the last of
@@ -191,7 +193,7 @@ fn unimplemented(privcmd: &File) -> Errno {
 /// successes), and touching such a page raises SIGBUS. If the kernel itself accesses the page, it
 /// reports EFAULT.
 fn reachable(pages: &ForeignPages) -> Result<(), Errno> {
-    let errno = |error: io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    let errno = |error: io::Error| Errno::of(&error);
     for (_, page) in pages.iter() {
         let (_reader, writer) = io::pipe().map_err(errno)?;
         let mut list = Gather::new();
@@ -234,7 +236,7 @@ mod tests {
         assert_eq!(listed(&pages), refused);
         // As the kernel writes it: one mapped, one paged out, one truncated to another frame.
         let mut mapping = reserved(&[1, 2, 1 << 40]);
-        mapping.errors = vec![0, -(Errno::ENOENT as i32), 0];
+        mapping.errors = vec![0, -Errno::ENOENT.raw(), 0];
         assert_eq!(mapping.asked, [1, 2, LARGEST_FRAME]);
         let some = Box::new(mapping).finish().unwrap();
         let failed = [(1, 2, Errno::ENOENT), (2, 1 << 40, Errno::EINVAL)];

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use nix::errno::Errno;
+use crate::Errno;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::interface::Interface;

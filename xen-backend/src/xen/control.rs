@@ -6,7 +6,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
+use crate::Errno;
 use zerocopy::FromZeros;
 
 use super::{XenDomain, sys};

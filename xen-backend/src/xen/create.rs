@@ -3,7 +3,7 @@
 //! C implementation: `libxl__domain_make`, `libxl__build_pre` and
 //! `libxl__arch_domain_create` in `tools/libs/light`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use zerocopy::FromZeros;
 
 use super::calls::{self, Calls};

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use self::lock::{OurLock, holder};
 use super::{Shared, XenHost, sys};

@@ -7,7 +7,7 @@
 //! C implementation: `xc_dom_gnttab_seed` and its `compat_` variants in
 //! `tools/libs/guest/xg_dom_boot.c`; structures in `xen/include/public/{grant_table,memory}.h`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Gfn;
 use zerocopy::{FromZeros, IntoBytes};
 

@@ -3,7 +3,7 @@
 //! C implementation: `xc_domain_hvm_{get,set}context` and `xc_hvm_param_{get,set}` in
 //! `tools/libs/ctrl`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use zerocopy::FromZeros;
 
 use super::calls::Calls;

@@ -9,7 +9,7 @@
 
 use std::sync::PoisonError;
 
-use nix::errno::Errno;
+use crate::Errno;
 use zerocopy::FromZeros;
 
 use super::{Log, XenDomain, sys};

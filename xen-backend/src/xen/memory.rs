@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, PageType};
 use zerocopy::{FromZeros, IntoBytes};
 

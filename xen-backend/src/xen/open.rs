@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::errno::Errno;
+use crate::Errno;
 use nix::unistd::geteuid;
 use thiserror::Error;
 

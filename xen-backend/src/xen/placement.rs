@@ -5,7 +5,7 @@
 //! C implementation: `xc_vcpu_setaffinity`, `xc_sched_credit_domain_{get,set}` and
 //! `xc_domain_set_time_offset` in `tools/libs/ctrl`.
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::{XenHost, sys};
 use crate::DomId;

@@ -4,7 +4,7 @@
 //! C implementation: `tools/libs/guest/xg_cpuid_x86.c`, `xc_domain_{get,set}_tsc_info`
 //! in `tools/libs/ctrl/xc_domain.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use zerocopy::FromZeros;
 
 use super::calls::Calls;

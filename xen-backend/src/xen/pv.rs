@@ -5,7 +5,7 @@
 
 use std::sync::atomic::Ordering;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, Mfn};
 use zerocopy::{FromZeros, IntoBytes};
 

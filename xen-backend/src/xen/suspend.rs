@@ -8,7 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
+use crate::Errno;
 use zerocopy::FromZeros;
 
 use super::{XenDomain, sys};

@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Gfn;
 
 use super::wire::{Message, errno_of, kind};

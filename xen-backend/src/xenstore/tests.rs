@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Gfn;
 
 use super::client::Sockets;

@@ -11,7 +11,7 @@
 
 use std::io::{self, Read, Write};
 
-use nix::errno::Errno;
+use crate::Errno;
 
 /// The type of a request or answer (`enum xsd_sockmsg_type`).
 pub(super) mod kind {
@@ -48,7 +48,7 @@ impl Message {
         let len = u32::try_from(self.payload.len())
             .ok()
             .filter(|len| usize::try_from(*len).is_ok_and(|len| len <= MAX_PAYLOAD))
-            .ok_or_else(|| io::Error::from_raw_os_error(Errno::E2BIG as i32))?;
+            .ok_or_else(|| io::Error::from_raw_os_error(Errno::E2BIG.raw()))?;
         let mut bytes = Vec::with_capacity(HEADER + self.payload.len());
         for word in [self.kind, self.request, self.transaction, len] {
             bytes.extend_from_slice(&word.to_ne_bytes());

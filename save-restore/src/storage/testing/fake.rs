@@ -9,8 +9,8 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
 use xsr_format::frame::PAGE_SIZE;
+use xsr_xen_backend::Errno;
 
 use crate::storage::{
     Create, Durability, Existing, Opened, Shape, Storage, StorageEntry, StorageError, StorageName,

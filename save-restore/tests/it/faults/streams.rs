@@ -26,7 +26,7 @@ fn writes() -> Vec<Upset> {
         Errno::EDQUOT,
         Errno::ETIMEDOUT,
     ];
-    let errnos = errnos.map(|errno| Upset::Errno(errno as i32));
+    let errnos = errnos.map(|errno| Upset::Errno(errno.raw()));
     let rest = [Upset::Interrupted, Upset::Short, Upset::End];
     errnos.into_iter().chain(rest).collect()
 }
@@ -40,7 +40,7 @@ fn reads() -> Vec<Upset> {
         Errno::ETIMEDOUT,
         Errno::EBADF,
     ];
-    let errnos = errnos.map(|errno| Upset::Errno(errno as i32));
+    let errnos = errnos.map(|errno| Upset::Errno(errno.raw()));
     errnos
         .into_iter()
         .chain([Upset::Interrupted, Upset::Short])
@@ -156,7 +156,7 @@ fn a_save_survives_descriptors_that_fail() {
         let what = format!("{} full", spec.name);
         let full = File::options().write(true).open("/dev/full").unwrap();
         let result = save_into(guest, before, &mut FdSink::new(full), &what);
-        assert_sink_failed(result, Upset::Errno(Errno::ENOSPC as i32), &what);
+        assert_sink_failed(result, Upset::Errno(Errno::ENOSPC.raw()), &what);
         points.add(what);
         let bytes = [0, 1, 24, 40, 41];
         for bytes in bytes
@@ -169,7 +169,7 @@ fn a_save_survives_descriptors_that_fail() {
                 scope.spawn(move || take(reader, bytes));
                 save_into(guest, before, &mut FdSink::new(writer), &what)
             });
-            assert_sink_failed(result, Upset::Errno(Errno::EPIPE as i32), &what);
+            assert_sink_failed(result, Upset::Errno(Errno::EPIPE.raw()), &what);
             points.add(what);
 
             let what = format!("{} socket closed after {bytes}", spec.name);
@@ -181,7 +181,7 @@ fn a_save_survives_descriptors_that_fail() {
             match result.unwrap_err() {
                 SaveError::Stream(WriteError::Io(error)) => {
                     // ECONNRESET if bytes had arrived that were not read.
-                    let errnos = [Errno::EPIPE, Errno::ECONNRESET].map(|errno| errno as i32);
+                    let errnos = [Errno::EPIPE, Errno::ECONNRESET].map(|errno| errno.raw());
                     let errno = error.raw_os_error().unwrap();
                     assert!(errnos.contains(&errno), "{what}: {error}");
                 }
@@ -356,7 +356,7 @@ fn a_restore_survives_descriptors_that_end_or_are_reset() {
                 scope.spawn(move || writer.write_all(bytes).unwrap());
                 image.restore(FdSource::new(reader), &what)
             });
-            assert_source_failed(result, Errno::ECONNRESET as i32, &what);
+            assert_source_failed(result, Errno::ECONNRESET.raw(), &what);
             points.add(what);
         }
     });

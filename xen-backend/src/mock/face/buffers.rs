@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::PAGE_SIZE;
 
 use crate::privcmd::Elsewhere;

@@ -3,7 +3,7 @@
 //! C implementation: `xen/common/domctl.c`, `xen/arch/x86/domctl.c`,
 //! `xen/arch/x86/mm/paging.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, PageType};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 

@@ -2,7 +2,7 @@
 //!
 //! C implementation: `xen/common/domctl.c`, `xen/arch/x86/domctl.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 
 use super::domctl::{Domctl, FIRST_WITH_ANY, done};
 use super::{BODY, errno, sys};

@@ -4,7 +4,7 @@
 //! C implementation: `gnttab_setup_table` in `xen/common/grant_table.c`,
 //! `xenmem_add_to_physmap_one` in `xen/arch/x86/mm/p2m.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Gfn;
 use zerocopy::IntoBytes;
 

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
 
 use super::memory::M2P_FRAMES;

@@ -2,7 +2,7 @@
 //!
 //! C implementation: `xen/common/memory.c`, `xen/arch/x86/x86_64/mm.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Gfn;
 use zerocopy::IntoBytes;
 

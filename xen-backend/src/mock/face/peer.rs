@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Gfn;
 
 use super::buffers::Buffers;

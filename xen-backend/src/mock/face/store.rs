@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Gfn;
 
 use super::Face;

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
 
 mod told;
@@ -505,7 +505,7 @@ fn each_call_of_a_multicall_has_its_own_answer() {
     face.save(place, &calls).unwrap();
     assert_eq!(face.answer(super::MULTICALL, [place, 5, 0, 0, 0]), Ok(0));
     let answered: [[u64; 8]; 5] = face.load(place).unwrap();
-    let error = |errno: Errno| (-i64::from(errno as i32)).cast_unsigned();
+    let error = |errno: Errno| (-i64::from(errno.raw())).cast_unsigned();
     let expected = [
         4 << 16 | 17,
         last.0,

@@ -9,7 +9,7 @@
 
 mod vcpu;
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
 
 use super::tables::TableSet;

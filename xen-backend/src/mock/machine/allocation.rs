@@ -5,7 +5,7 @@ use std::fs::File;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Mfn;
 
 use super::super::allocator::{Allocator, BLOCK_FRAMES};

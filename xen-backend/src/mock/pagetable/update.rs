@@ -3,7 +3,7 @@
 //!
 //! C implementation: `mod_l1_entry` and `MMUEXT_UNPIN_TABLE` in `xen/arch/x86/mm.c`.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Mfn;
 
 use super::{Frame, FrameUse, PRESENT, Tables};

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::{Mfn, PAGE_SIZE};
 
 use super::{Mapping, WorkPage, Workload, WorkloadCounts};

@@ -2,7 +2,7 @@
 //! dirty log of another process, a guest that resumes, the settings of a new domain, the reason for
 //! a refusal.
 
-use nix::errno::Errno;
+use crate::Errno;
 use xsr_format::frame::Pfn;
 
 use super::{Face, guest, machine, xen};
