@@ -1,6 +1,7 @@
 //! `xsr inspect`: the contents of an image, in the order of the file, and the guest's properties.
 
 mod facts;
+mod host;
 mod named;
 mod page;
 mod print;
@@ -193,6 +194,7 @@ impl Inspection {
             config: json
                 .filter(|json| json.len() <= MOST_SHOWN)
                 .and_then(|json| serde_json::from_str(json).ok()),
+            host_uses: json.map(host::uses).unwrap_or_default(),
         });
         if let Some(origin) = Origin::of_xl(header) {
             self.report.said_by(&origin);

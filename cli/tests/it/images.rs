@@ -233,3 +233,38 @@ fn diff_compares_every_byte_of_what_it_does_not_understand() {
         .code(1)
         .stdout_has("from byte 0xfa0 on");
 }
+
+/// docs/security.md: what an image would have its host run is said before it is restored.
+#[test]
+fn inspect_lists_what_the_configuration_has_the_host_run() {
+    let dir = scratch();
+    let image = image("tpvh");
+    let config = run(["cat", "--layer", "config", arg(&image)])
+        .code(0)
+        .stdout;
+    let new = dir.path().join("new.json");
+    let added = r#""b_info": { "device_model": "/tmp/evil", "#;
+    let with = config.replacen(r#""b_info": {"#, added, 1);
+    assert_ne!(with, config);
+    fs::write(&new, with).unwrap();
+    let edited = dir.path().join("edited.save");
+    run([
+        "edit",
+        "--config",
+        arg(&new),
+        arg(&image),
+        "-o",
+        arg(&edited),
+    ])
+    .code(0);
+    run(["inspect", arg(&edited)])
+        .code(0)
+        .stdout_has("What a restore has the host do, as root")
+        .stdout_has("runs /tmp/evil (b_info.device_model)");
+    let json = run(["inspect", "--json", arg(&edited)]).code(0).json();
+    let uses = json["xl"]["host_uses"].as_array().unwrap();
+    assert!(
+        uses.iter()
+            .any(|one| one["use"] == "runs" && one["value"] == "/tmp/evil")
+    );
+}

@@ -25,6 +25,7 @@ mod legacy;
 mod mapped;
 mod mapped_header;
 mod migrate;
+mod network;
 mod outputs;
 mod peer;
 mod progress;

@@ -126,7 +126,7 @@ fn options_that_do_not_fit_are_refused_before_anything_happens() {
 }
 
 /// Makes a directory of keys.
-fn keys(ca: &CertifiedIssuer<'_, KeyPair>, at: &Path, names: &[&str]) {
+pub(crate) fn keys(ca: &CertifiedIssuer<'_, KeyPair>, at: &Path, names: &[&str]) {
     fs::create_dir_all(at).unwrap();
     let names: Vec<String> = names.iter().map(ToString::to_string).collect();
     let key = KeyPair::generate().unwrap();
@@ -139,7 +139,7 @@ fn keys(ca: &CertifiedIssuer<'_, KeyPair>, at: &Path, names: &[&str]) {
     fs::set_permissions(at.join("key.pem"), private).unwrap();
 }
 
-fn authority() -> CertifiedIssuer<'static, KeyPair> {
+pub(crate) fn authority() -> CertifiedIssuer<'static, KeyPair> {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()

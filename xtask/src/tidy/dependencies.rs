@@ -6,12 +6,13 @@ use crate::workspace::Package;
 use super::Findings;
 
 /// Each package, and which of ours it may depend on.
-const ALLOWED: [(&str, &[&str]); 9] = [
+const ALLOWED: [(&str, &[&str]); 10] = [
     ("xsr-format", &[]),
     ("xsr-xen-backend", &["xsr-format"]),
     ("xsr-peer", &["xsr-format", "xsr-xen-backend"]),
     ("xsr-save-restore", &["xsr-format", "xsr-xen-backend"]),
     ("xsr-stdio", &[]),
+    ("xsr-tun", &[]),
     (
         "xsr",
         &[
@@ -19,6 +20,7 @@ const ALLOWED: [(&str, &[&str]); 9] = [
             "xsr-xen-backend",
             "xsr-save-restore",
             "xsr-stdio",
+            "xsr-tun",
         ],
     ),
     (

@@ -39,6 +39,7 @@ pub(crate) fn print(report: &InspectReport, width: usize, out: &mut dyn Write) -
     headers(report, width, out)?;
     guest(report, width, out)?;
     origin(report, out)?;
+    host_uses(report, width, out)?;
     records(&report.records, width, out)?;
     if report.records_left_out > 0 {
         let more = Count(report.records_left_out, "more record");
@@ -47,6 +48,20 @@ pub(crate) fn print(report: &InspectReport, width: usize, out: &mut dyn Write) -
     context(report, out)?;
     params(report, out)?;
     fields(report, width, out)
+}
+
+fn host_uses(report: &InspectReport, width: usize, out: &mut dyn Write) -> io::Result<()> {
+    let uses = report.xl.as_ref().map_or(&[][..], |xl| &xl.host_uses);
+    if uses.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "\nWhat a restore has the host do, as root")?;
+    for one in uses {
+        let (field, value) = (shown(&one.field), shown_value(&one.value));
+        let line = format!("{} {value} ({field})", one.what);
+        writeln!(out, "{}", wrapped("  ", &line, " ", "    ".len(), width))?;
+    }
+    Ok(())
 }
 
 fn headers(report: &InspectReport, width: usize, out: &mut dyn Write) -> io::Result<()> {

@@ -4,6 +4,7 @@
 use serde::Serialize;
 
 use super::facts::{RecordFacts, TypeFact};
+use super::host::HostUse;
 use super::named::Named;
 use crate::config;
 use crate::mapped;
@@ -114,6 +115,9 @@ pub(crate) struct XlReport {
     pub(crate) config_bytes: usize,
     /// The configuration; null if it is not JSON.
     pub(crate) config: Option<serde_json::Value>,
+    /// What the configuration has the host run or open.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) host_uses: Vec<HostUse>,
 }
 
 /// The libxl stream's header.

@@ -138,10 +138,15 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_xsr"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xsr"));
+        command.args(args).env_remove("XSR_LOG");
+        Self::of(command)
+    }
+
+    /// Starts this command.
+    pub(crate) fn of(mut command: Command) -> Self {
+        let mut child = command
             .env_remove("XSR_BACKEND")
-            .env_remove("XSR_LOG")
-            .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

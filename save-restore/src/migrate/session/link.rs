@@ -48,9 +48,6 @@ struct Link {
 impl Link {
     fn lose(&self, why: &str) {
         let mut state = self.shared.lock();
-        if state.has(self.id) {
-            tracing::debug!(link = self.id, why, "a link of the session has ended");
-        }
         state.lose(self.id, why, Instant::now());
         drop(state);
         self.cancel.cancel();

@@ -312,6 +312,7 @@ impl State {
             return;
         };
         let slot = *slot.0;
+        tracing::debug!(link = id, why, "a link of the session has ended");
         if let Some(link) = self.links.remove(&slot) {
             link.cancel.cancel();
         }
