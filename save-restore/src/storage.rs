@@ -41,6 +41,7 @@
 mod cursor;
 mod error;
 pub mod file;
+pub mod onto;
 pub mod pipe;
 #[doc(hidden)]
 pub mod testing;
