@@ -313,6 +313,16 @@ impl<'r> Run<'r, '_> {
         Ok(())
     }
 
+    /// Syncs what a pass has written into slots. The guest runs meanwhile, and what it writes in
+    /// this time is in the next pass. So the sync that completes the image, for which it may be
+    /// suspended (under xl it is), has only the last pass to wait for.
+    fn sync_pass(&self) -> Result<(), SaveError> {
+        match self.image {
+            Some(image) => image.sync(),
+            None => Ok(()),
+        }
+    }
+
     /// Suspends the guest; returns when it was asked to.
     fn suspend<T: SaveToolstack + ?Sized>(
         &mut self,

@@ -200,6 +200,7 @@ impl<'r> Run<'r, '_> {
                 // An empty pass counts too: a policy that waits for a number of passes gets it also
                 // from an idle guest.
                 meter.sent(count, (self.stats.pages - before) * PAGE_SIZE as u64);
+                self.sync_pass()?;
                 self.stats.iterations += 1;
                 self.progress.precopy(meter.stats());
             }

@@ -166,6 +166,11 @@ impl<'w> MappedImage<'w> {
         lock(&self.parts).begin(part);
     }
 
+    /// Syncs what has been written.
+    pub(super) fn sync(&self) -> Result<(), SaveError> {
+        self.writer.sync().map_err(failed)
+    }
+
     /// The guest is suspended from now on, after passes while it ran.
     pub(super) fn freeze(&self) {
         lock(&self.state).frozen = true;

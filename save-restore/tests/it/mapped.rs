@@ -347,6 +347,8 @@ struct Noting {
     punched_frozen: AtomicU32,
     punched: AtomicU32,
     length: AtomicU64,
+    /// Writes since the last sync.
+    unsynced: AtomicU32,
 }
 
 impl io::Write for Noting {
@@ -369,6 +371,7 @@ impl StorageWriter for Noting {
         self.inner.is_straight()
     }
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> Result<(), StorageError> {
+        self.unsynced.fetch_add(1, Relaxed);
         self.inner.write_all_at(bytes, offset)
     }
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), StorageError> {
@@ -395,6 +398,7 @@ impl StorageWriter for Noting {
         self.inner.clone_range(base, range, to)
     }
     fn sync(&self) -> Result<(), StorageError> {
+        self.unsynced.store(0, Relaxed);
         self.inner.sync()
     }
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
@@ -423,8 +427,10 @@ fn no_hole_is_punched_while_the_guest_is_suspended() {
         punched_frozen: AtomicU32::new(0),
         punched: AtomicU32::new(0),
         length: AtomicU64::new(0),
+        unsynced: AtomicU32::new(0),
     };
     let mut cleared = 0;
+    let mut unsynced = None;
     let mut step = |progress: &Progress| {
         if progress.phase == Phase::Precopy && progress.pass_is_complete() {
             // What the log tells of in the last pass is zeros by then.
@@ -435,6 +441,9 @@ fn no_hole_is_punched_while_the_guest_is_suspended() {
                 page.clear();
                 cleared += 1;
             }
+        }
+        if progress.phase == Phase::Suspend {
+            unsynced = Some(writer.unsynced.load(Relaxed));
         }
         writer
             .frozen
@@ -448,6 +457,8 @@ fn no_hole_is_punched_while_the_guest_is_suspended() {
     let stats = save_mapped(&host, domid, &writer, &how, &mut step).unwrap();
     assert!(cleared > 100 && stats.zero_pages > 100);
     assert_eq!(writer.punched_frozen.load(Relaxed), 0);
+    // The disk has all but the last pass when the guest is asked to suspend.
+    assert_eq!(unsynced, Some(0));
     assert!(writer.punched.load(Relaxed) > 0);
     assert!(writer.length.load(Relaxed) >= stats.pages * 4096);
     Box::new(writer).commit(Durability::Durable).unwrap();
