@@ -8,6 +8,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::builder::ArgPredicate;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use self::images::{CatArgs, ConvertArgs, EditArgs, ExportArgs, LayoutArg};
@@ -158,6 +159,33 @@ impl Command {
     }
 }
 
+/// How an image is packed as it is written
+#[derive(Debug, Default, Args)]
+pub(crate) struct PackArgs {
+    /// Compress the image; any zstd reads it
+    #[arg(long, value_name = "COMPRESSION")]
+    pub(crate) compress: Option<ImageCompressionArg>,
+    /// Encrypt the image to this recipient of age (age1…); can be given several times
+    // Not parsed by clap, which would print the value: it may be a secret by mistake.
+    #[arg(long, value_name = "RECIPIENT")]
+    pub(crate) encrypt_to: Vec<String>,
+}
+
+/// A compression that images are written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ImageCompressionArg {
+    /// Zstandard, in frames of 64 KiB and with a table of them
+    Zstd,
+}
+
+/// The identities for an encrypted image
+#[derive(Debug, Default, Args)]
+pub(crate) struct IdentityArg {
+    /// Decrypt the image with the identities of age in this file; can be given several times
+    #[arg(long, value_name = "FILE")]
+    pub(crate) identity: Vec<PathBuf>,
+}
+
 /// Save a domain to an image, as `xl save` does
 ///
 /// The domain is destroyed when the image is complete, unless -c or -p keeps it. The image is
@@ -175,6 +203,13 @@ impl Command {
 /// -c this is a checkpoint: the domain is paused only for the last pass, and runs on before the
 /// file is complete.
 ///
+/// --compress and --encrypt-to pack the image as it is written (docs/images.md). They are for the
+/// stream layout, which has no bound if the domain is saved --live.
+///
+/// With --onto, the file shares the pages that have not changed since BASE was saved: only the
+/// others are written and take room. It is mapped, has page digests, and is whole by itself: BASE
+/// can be removed. On file systems without reflinks it is refused.
+///
 /// On a Xen host this command runs `xl save` with xsr-save-helper. It passes all of xl's options
 /// on, gives --live, its target and --threads to the helper, and refuses options that xl does not
 /// have. With --direct it works without xl: it asks the domain to suspend, saves it to a bare libxc stream, and resumes
@@ -187,7 +222,7 @@ Examples:
   xsr save --backend mock:/tmp/lab web web.save
   xsr save --backend mock:/tmp/lab --live -c web web.save
   xsr save --backend mock:/tmp/lab --live -c --layout mapped --max-downtime 50 web web.save
-  xsr save --backend mock:/tmp/lab -c web - | zstd > web.save.zst")]
+  xsr save --backend mock:/tmp/lab -c --compress zstd --encrypt-to age1… web web.save")]
 pub(crate) struct SaveArgs {
     /// Leave the domain running afterwards
     #[arg(short = 'c', long)]
@@ -199,11 +234,21 @@ pub(crate) struct SaveArgs {
     #[arg(long)]
     pub(crate) live: bool,
     /// Where page data lies in the file
-    #[arg(long, value_name = "LAYOUT", default_value = "stream")]
+    #[arg(
+        long,
+        value_name = "LAYOUT",
+        default_value = "stream",
+        default_value_if("onto", ArgPredicate::IsPresent, "mapped")
+    )]
     pub(crate) layout: LayoutArg,
     /// For mapped: also write a digest for each page (16 bytes)
-    #[arg(long)]
+    #[arg(long, default_value_if("onto", ArgPredicate::IsPresent, "true"))]
     pub(crate) page_digests: bool,
+    /// Share the pages that this mapped image has already, on XFS or Btrfs (docs/checkpoint.md)
+    #[arg(long, value_name = "BASE")]
+    pub(crate) onto: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) pack: PackArgs,
     /// Run this program while the domain is suspended, to snapshot its disks (docs/checkpoint.md)
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) at_freeze: Option<PathBuf>,
@@ -268,6 +313,8 @@ pub(crate) struct RestoreArgs {
     /// when it uses one (docs/cpu.md)
     #[arg(long)]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) identity: IdentityArg,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
@@ -343,6 +390,8 @@ pub(crate) struct InspectArgs {
     /// Read a mapped image as a stream, without looking at its index
     #[arg(long)]
     pub(crate) ignore_index: bool,
+    #[command(flatten)]
+    pub(crate) identity: IdentityArg,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
@@ -380,6 +429,8 @@ pub(crate) struct VerifyArgs {
     /// Read a mapped image as a stream, without looking at its index
     #[arg(long)]
     pub(crate) ignore_index: bool,
+    #[command(flatten)]
+    pub(crate) identity: IdentityArg,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
@@ -406,6 +457,8 @@ pub(crate) struct DiffArgs {
     /// Treat what every restore rewrites as expected (docs/images.md has the list)
     #[arg(long)]
     pub(crate) after_restore: bool,
+    #[command(flatten)]
+    pub(crate) identity: IdentityArg,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,

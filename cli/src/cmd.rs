@@ -16,12 +16,16 @@ pub(crate) mod save;
 mod tunnel;
 mod verify;
 
+use std::path::PathBuf;
+
+use crate::age;
 use crate::args::Command;
 use crate::exit::Code;
 use crate::terminal::Terminal;
 
 /// Run the command of the command line.
 pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code> {
+    age::use_identities(identities(&command))?;
     match command {
         Command::Inspect(args) => inspect::run(&args, terminal),
         Command::Verify(args) => verify::run(&args, terminal),
@@ -39,4 +43,20 @@ pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code>
         Command::Mock(args) => mock::run(&args.command, terminal),
         Command::Demo(args) => demo::run(&args, terminal),
     }
+}
+
+/// The files with identities for the images that the command reads.
+fn identities(command: &Command) -> &[PathBuf] {
+    let identity = match command {
+        Command::Inspect(args) => &args.identity,
+        Command::Verify(args) => &args.identity,
+        Command::Diff(args) => &args.identity,
+        Command::Convert(args) => &args.identity,
+        Command::Export(args) => &args.identity,
+        Command::Edit(args) => &args.identity,
+        Command::Cat(args) => &args.identity,
+        Command::Restore(args) => &args.identity,
+        _ => return &[],
+    };
+    &identity.identity
 }

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod age;
 mod args;
 mod backend;
 mod cmd;
@@ -21,6 +22,7 @@ mod left;
 mod mapped;
 mod origin;
 mod output;
+mod pack;
 mod page_map;
 mod painter;
 mod peel;

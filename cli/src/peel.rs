@@ -35,8 +35,10 @@ use xsr_xen_backend::GuestKind;
 use self::compression::{Notes, Windows, is_damage};
 pub(crate) use self::foreign::{by_its_end, unreadable};
 pub(crate) use self::kept::Kept;
+use self::packed::Packed;
 use self::xva::Xva;
-use crate::exit::BadImage;
+use crate::age::{self, AgeError};
+use crate::exit::{BadImage, BadUsage};
 use crate::origin::Origin;
 use crate::text::Count;
 
@@ -291,6 +293,22 @@ fn peel_up_to(mut source: Source, wanted: Wanted, checkpoints: Checkpoints) -> R
                 source = Box::new(Xva::open(rest, &found.notes)?);
                 before = 0;
             }
+            Detected::Encrypted => {
+                layers.push("age".to_owned());
+                let identities = age::identities();
+                if identities.is_empty() {
+                    let why = "it is encrypted with age: give the file with an identity for it: \
+                               --identity FILE";
+                    return Err(Error::new(BadUsage(why.to_owned())));
+                }
+                let (rest, progress) = Packed::new(rest);
+                let inside = age::decrypt(rest, identities).map_err(unwrapped)?;
+                used.get_or_insert(Used { before, progress });
+                let inside = Unpacked(Arc::new(Mutex::new(Box::new(inside))));
+                packed.push(inside.clone());
+                source = Box::new(inside);
+                before = 0;
+            }
             Detected::Libvirt => {
                 let header = LibvirtHeader::read(&mut rest, options)?;
                 layers.push("libvirt".to_owned());
@@ -511,6 +529,11 @@ pub(crate) fn unwrapped(error: io::Error) -> Error {
     {
         // A signal asked to stop.
         Error::new(RestoreError::Aborted)
+    } else if let Some(age) = age::error_in(&error) {
+        match age {
+            AgeError::NoIdentity => Error::new(BadUsage(age.to_string())),
+            _ => bad(age.to_string()),
+        }
     } else if is_damage(&error) || xva::is_broken(&error) {
         bad(error.to_string())
     } else {

@@ -9,6 +9,7 @@
 //! `main_remus` in `tools/xl`; `LIBXL_SAVE_HELPER` in `tools/libs/light/libxl_save_callout.c`.
 
 pub(crate) mod child;
+mod fifo;
 mod save;
 mod setting;
 #[cfg(test)]
@@ -30,6 +31,7 @@ use self::words::Words;
 use crate::args::{Backend, Cli, Command, VARIABLE as BACKEND_VARIABLE};
 use crate::cmd::save::PAGE_DIGESTS_NEED_MAPPED;
 use crate::exit::{BadUsage, Code};
+use crate::pack::Packing;
 use crate::transport::{check_through_ssh, quoted};
 
 /// The commands that xl also has.
@@ -61,6 +63,8 @@ struct Call {
     live: bool,
     /// `--page-digests` was given for a save.
     page_digests: bool,
+    /// `--compress` and `--encrypt-to` with their values: xl saves into a pipe.
+    packing: Vec<(&'static str, OsString)>,
     /// For a command that works on a domain: the positions of the domain and of a save's file.
     words: Option<Words>,
     /// The options of a session, for the tunnel that xl runs in place of ssh.
@@ -120,6 +124,7 @@ impl Xl {
             force,
             live,
             page_digests,
+            packing,
             words,
             ..
         } = self.0;
@@ -154,11 +159,13 @@ impl Xl {
             Some(words) => words.lock(&arguments)?,
             None => None,
         };
+        let packing = Packing::of_words(&packing, mapped)?;
         let mut at_freeze = None;
         let target = match &words {
             Some(words) if words.command == "save" => {
                 at_freeze = setting::freeze_program(&settings)?;
-                save::Target::prepare(words, &mut arguments, mapped, at_freeze.is_some())?
+                let packing = packing.as_ref();
+                save::Target::prepare(words, &mut arguments, mapped, at_freeze.is_some(), packing)?
             }
             _ => None,
         };
@@ -235,6 +242,7 @@ impl Call {
             force: false,
             live: false,
             page_digests: false,
+            packing: Vec::new(),
             words: Words::of(name),
             tunnel: Vec::new(),
             verbose: 0,
@@ -292,6 +300,19 @@ impl Call {
                         None => rest.next()?.clone(),
                     };
                     call.tunnel.extend([option.into(), value]);
+                }
+                "--compress" | "--encrypt-to" if name == "save" => {
+                    let name = match option {
+                        "--compress" => "--compress",
+                        _ => "--encrypt-to",
+                    };
+                    call.packing.push((
+                        name,
+                        match value {
+                            Some(value) => value.into(),
+                            None => rest.next()?.clone(),
+                        },
+                    ));
                 }
                 _ if call.message(argument) => {}
                 _ => match Setting::of(own, option) {

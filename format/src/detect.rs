@@ -60,6 +60,8 @@ pub enum Detected {
     Legacy(LegacyStart),
     /// A compressed file.
     Compressed(Compression),
+    /// A file that is encrypted by age.
+    Encrypted,
     /// A known format that is not a saved domain.
     Foreign(Foreign),
     /// Nothing: the file is empty.
@@ -152,6 +154,9 @@ impl fmt::Display for Compression {
     }
 }
 
+/// The first line of a file of age.
+const AGE: &[u8] = b"age-encryption.org/v1\n";
+
 /// Detects a file's format from its first [`ENOUGH`] bytes, or all it has.
 ///
 /// A file that ends inside a magic is detected as the format with that magic (the longest that
@@ -177,6 +182,7 @@ pub fn detect(prefix: &[u8]) -> Detected {
         (xend::MAGIC.as_slice(), Detected::Xend),
         (LIBXL, Detected::Libxl),
         (LIBXC, Detected::Libxc),
+        (AGE, Detected::Encrypted),
     ];
     for (magic, what) in named {
         if prefix.starts_with(magic) || magic.starts_with(prefix) {
@@ -254,6 +260,7 @@ impl fmt::Display for Detected {
                 start.p2m_size, start.width
             ),
             Self::Compressed(compression) => write!(f, "compressed with {compression}"),
+            Self::Encrypted => f.write_str("encrypted with age"),
             Self::Foreign(foreign) => write!(f, "it is {foreign}"),
             Self::Empty => f.write_str("the file is empty"),
             Self::Unknown => f.write_str(

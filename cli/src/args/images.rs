@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, ValueEnum};
 
+use super::{IdentityArg, PackArgs};
+
 /// Convert an image to the current form: version 3, little endian
 ///
 /// Reads legacy images (Xen 4.5 and earlier), version 2, big endian, images of libvirt, xapi and
@@ -39,6 +41,8 @@ pub(crate) struct ConvertArgs {
     /// For mapped: also write a digest for each page (16 bytes)
     #[arg(long)]
     pub(crate) page_digests: bool,
+    #[command(flatten)]
+    pub(crate) pack: PackArgs,
     /// Read a mapped image as a stream, without looking at its index
     #[arg(long)]
     pub(crate) ignore_index: bool,
@@ -51,6 +55,8 @@ pub(crate) struct ConvertArgs {
     /// Width of the toolstack that wrote a legacy image [default: detected]
     #[arg(long, value_name = "BITS")]
     pub(crate) width: Option<WidthArg>,
+    #[command(flatten)]
+    pub(crate) identity: IdentityArg,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
@@ -179,6 +185,8 @@ pub(crate) struct ExportArgs {
     /// For gdb: the vcpu whose page tables map the memory [default: 0]
     #[arg(long, value_name = "N")]
     pub(crate) vcpu: Option<u32>,
+    #[command(flatten)]
+    pub(crate) identity: IdentityArg,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
@@ -246,6 +254,8 @@ pub(crate) struct EditArgs {
     /// Add an optional record at the end of the libxc stream
     #[arg(long, value_name = "TYPE:FILE", value_parser = optional_record)]
     pub(crate) add: Vec<(u32, PathBuf)>,
+    #[command(flatten)]
+    pub(crate) identity: IdentityArg,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
@@ -316,6 +326,8 @@ pub(crate) struct CatArgs {
     /// What to write
     #[arg(long, value_name = "LAYER", default_value = "libxc")]
     pub(crate) layer: CatLayer,
+    #[command(flatten)]
+    pub(crate) identity: IdentityArg,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,

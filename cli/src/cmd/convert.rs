@@ -32,6 +32,7 @@ use xsr_format::transcode::{
 use xsr_format::walk::Walk;
 use xsr_format::wrapper::libxl::LibxlRecordKind;
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::storage::StorageCursor;
 
 use crate::args::images::{ConvertArgs, ConvertTo, LayoutArg, LegacyGuestArg, WidthArg};
@@ -41,6 +42,7 @@ use crate::file::Input;
 use crate::mapped::{self, InOrder, Reordered};
 use crate::origin;
 use crate::output::{Existing, Output, OutputPlan, Sink};
+use crate::pack::Packing;
 use crate::peel::{self, LeftOut, Wanted};
 use crate::stdout::report;
 use crate::terminal::Terminal;
@@ -74,6 +76,7 @@ struct ConvertReport<'a> {
 pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
     let started = Instant::now();
     check_layout(args)?;
+    let packing = Packing::of(&args.pack, args.layout)?;
     let input = Input::open_as_it_is(&args.file)?;
     let mut inputs = vec![args.file.as_path()];
     inputs.extend(args.config.as_deref());
@@ -101,9 +104,23 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
         None => output.follow(terminal, "converting", None),
         bar => bar,
     };
-    let (done, bytes) = output.fill(|sink| {
-        convert(args, input, config.as_ref(), sink).with_context(|| format!("converting {from}"))
-    })?;
+    let converting = || format!("converting {from}");
+    let (done, bytes) = match packing {
+        None => output
+            .fill(|sink| convert(args, input, config.as_ref(), sink).with_context(converting))?,
+        Some(packing) => {
+            let packer = packing.start(&output, Cancel::new())?;
+            let filled = output.fill(|_| {
+                let pipe = packer.pipe(from.clone())?;
+                let done = pipe.fill(|sink| convert(args, input, config.as_ref(), sink));
+                match done {
+                    Ok((done, _)) => Ok((done, packer.finish()?.bytes)),
+                    Err(error) => Err(packer.blame(error).context(converting())),
+                }
+            });
+            filled?.0
+        }
+    };
     drop(bar);
     let seconds = started.elapsed().as_secs_f64();
     let (to, what) = match (args.to, done.to) {

@@ -4,29 +4,33 @@
 //! C implementation: `save_domain` in `tools/xl/xl_saverestore.c`.
 
 mod direct;
+mod onto;
+mod report;
 pub(crate) mod sink;
 
-use std::fmt;
 use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result};
-use serde::Serialize;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
 use xsr_format::wrapper::xl::XlHeader;
 use xsr_save_restore::at_freeze::{self, FrozenGuest, Program};
 use xsr_save_restore::progress::{Cancel, Progress};
-use xsr_save_restore::save::mapped::{MappedImage, MappedOptions, MappedStats};
+use xsr_save_restore::save::mapped::{MappedImage, MappedOptions};
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 use xsr_save_restore::sink::{FdSink, PageSink};
+use xsr_save_restore::storage::onto::OntoWriter;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack};
 use xsr_save_restore::{Live, SaveError, SaveOptions, SaveRequest, Saved};
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 use xsr_xen_backend::mock::phase;
-use xsr_xen_backend::{DomId, Domain, DomainInfo};
+use xsr_xen_backend::{Domain, DomainInfo};
 
+use self::onto::Base;
+pub(crate) use self::report::MemoryReport;
+use self::report::SaveReport;
 use self::sink::ImageSink;
 use crate::args::images::LayoutArg;
 use crate::args::{OnTimeoutArg, SaveArgs, TargetArgs};
@@ -38,14 +42,19 @@ use crate::config;
 use crate::exit::{Aftermath, BadUsage, Code, NotDurable};
 use crate::left;
 use crate::output::{Existing, Output, OutputPlan};
+use crate::pack::{Packer, Packing};
 use crate::stdout::report;
 use crate::terminal::Terminal;
-use crate::text::{Count, shown_name, shown_path, size};
+use crate::text::{shown_name, shown_path};
 use crate::watch::Watch;
 
 /// The error for options that have no meaning without `--live`.
 pub(crate) const FOR_LIVE: &str =
     "--max-downtime, --timeout and --on-timeout are for a live save: add --live";
+
+/// The error for `--onto` with another layout.
+const ONTO_NEEDS_MAPPED: &str =
+    "--onto is for --layout mapped, in which pages have places: leave --layout stream out";
 
 /// The error for `--page-digests` with another layout.
 pub(crate) const PAGE_DIGESTS_NEED_MAPPED: &str =
@@ -59,73 +68,6 @@ pub(crate) const LIMIT_NEEDS_AT_FREEZE: &str =
 pub(crate) const AT_FREEZE_NEEDS_FILE: &str =
     "--at-freeze is for a save to a file: nothing else is there when it is told so";
 
-/// What `--json` prints (docs/json.md).
-#[derive(Debug, Serialize)]
-struct SaveReport<'a> {
-    name: &'a str,
-    domid: DomId,
-    /// `destroyed`, `running` or `paused`.
-    domain: &'static str,
-    file: String,
-    #[serde(flatten)]
-    memory: MemoryReport,
-    /// How long the domain was suspended, if it runs again.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    downtime_seconds: Option<f64>,
-    seconds: f64,
-}
-
-/// The memory that was sent.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub(crate) struct MemoryReport {
-    iterations: u32,
-    pages: u64,
-    page_data_bytes: u64,
-    stream_bytes: u64,
-    /// For a mapped image: its zero pages, which are holes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    zero_pages: Option<u64>,
-    /// For a mapped image: the file's length, including index and digests.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    file_bytes: Option<u64>,
-    /// How long the program of `--at-freeze` ran while the domain was suspended.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    at_freeze_seconds: Option<f64>,
-}
-
-impl MemoryReport {
-    /// For a save that is complete.
-    pub(crate) fn of(written: &Written<'_>) -> Self {
-        let stats = written.saved.stats();
-        Self {
-            iterations: stats.iterations,
-            pages: stats.pages,
-            page_data_bytes: stats.pages * PAGE_SIZE as u64,
-            stream_bytes: written.bytes,
-            zero_pages: None,
-            file_bytes: None,
-            at_freeze_seconds: None,
-        }
-    }
-
-    /// Complete the report of a mapped image.
-    fn is_mapped(&mut self, stats: &MappedStats) {
-        self.stream_bytes = stats.image_bytes;
-        self.zero_pages = Some(stats.zero_pages);
-        self.file_bytes = Some(stats.file_bytes);
-    }
-}
-
-impl fmt::Display for MemoryReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of memory", size(self.page_data_bytes))?;
-        match self.iterations {
-            0 => Ok(()),
-            n => write!(f, " in {} and a stop", Count(n, "pass")),
-        }
-    }
-}
-
 /// Save a domain.
 ///
 /// A failure before the image is complete and has its name leaves the domain running and no file,
@@ -138,9 +80,13 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
     if live.is_none() && args.target.is_given() {
         return Err(anyhow::Error::new(BadUsage(FOR_LIVE.to_owned())));
     }
+    if args.onto.is_some() && args.layout != LayoutArg::Mapped {
+        return Err(Error::new(BadUsage(ONTO_NEEDS_MAPPED.to_owned())));
+    }
     if args.page_digests && args.layout != LayoutArg::Mapped {
         return Err(Error::new(BadUsage(PAGE_DIGESTS_NEED_MAPPED.to_owned())));
     }
+    let packing = Packing::of(&args.pack, args.layout)?;
     if args.at_freeze_limit.is_some() && args.at_freeze.is_none() {
         return Err(Error::new(BadUsage(LIMIT_NEEDS_AT_FREEZE.to_owned())));
     }
@@ -153,7 +99,14 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
         Ok(program) => program,
         Err(error) => return watch.end(Err(error)),
     };
-    let result = save(args, live, &mut program, terminal, &mut watch);
+    let result = save(
+        args,
+        packing.as_ref(),
+        live,
+        &mut program,
+        terminal,
+        &mut watch,
+    );
     if let Some(program) = &mut program {
         program.conclude();
     }
@@ -172,6 +125,7 @@ pub(crate) fn freeze_program(path: &Path, limit: Duration, cancel: Cancel) -> Re
 
 fn save(
     args: &SaveArgs,
+    packing: Option<&Packing>,
     live: Option<Box<dyn PrecopyPolicy>>,
     program: &mut Option<Program>,
     terminal: &Terminal,
@@ -195,7 +149,9 @@ fn save(
     }
     can_suspend(&*domain, &handle, backend)
         .with_context(|| format!("saving {}", shown_name(&name)))?;
-    let output = output(args, &*domain)?;
+    let output = output(args, packing, &*domain)?;
+    let mut base = args.onto.as_deref().map(Base::open).transpose()?;
+    let onto = base.as_mut().map(|base| base.writer(&output)).transpose()?;
     let after = aftermath(&*host, which, &name, &output);
     if let Some(program) = program {
         if !output.is_new_file() {
@@ -233,17 +189,38 @@ fn save(
     let image = (args.layout == LayoutArg::Mapped).then(|| {
         let mut options = MappedOptions::default();
         options.page_digests = args.page_digests;
-        MappedImage::new(output.writer(), options)
+        MappedImage::new(
+            match &onto {
+                Some(onto) => onto,
+                None => output.writer(),
+            },
+            options,
+        )
     });
     let cancel = watch.interrupt().cancel().clone();
+    let packer = packing.map(|packing| packing.start(&output, cancel.clone()));
+    let packer = packer.transpose()?;
     let written = match &image {
         None => {
-            let sink = FdSink::cancellable(output.file(), cancel.clone())?;
+            let file = packer.as_ref().map_or(output.file(), Packer::file);
+            let sink = FdSink::cancellable(file, cancel.clone())?;
             job.write(&mut toolstack, sink, live, program.as_mut(), watch)
         }
         Some(image) => job.write_mapped(&mut toolstack, image, live, program.as_mut(), watch),
     };
-    let written = written.map_err(&failed)?;
+    let (written, packed) = match (written, packer) {
+        (Ok(written), None) => (written, None),
+        // The domain is resumed before the message says so.
+        (Ok(written), Some(packer)) => match packer.finish() {
+            Ok(packed) => (written, Some(packed.bytes)),
+            Err(error) => {
+                drop(written);
+                return Err(failed(error));
+            }
+        },
+        (Err(error), None) => return Err(failed(error)),
+        (Err(error), Some(packer)) => return Err(failed(packer.blame(error))),
+    };
     watch.clear();
     if cancel.is_cancelled() {
         drop(written);
@@ -261,6 +238,7 @@ fn save(
         domain: &*domain,
     };
     let mut memory = MemoryReport::of(&written);
+    memory.file_bytes = packed;
     let mut held = Held::Suspended(written);
     if let Some(image) = image {
         // If the domain continues, it need not wait for more than its last page.
@@ -270,7 +248,11 @@ fn save(
         phase("mapped-image");
         let finished = image.finish(args.threads.threads, &mut || cancel.check());
         match finished {
-            Ok(stats) => memory.is_mapped(&stats),
+            Ok(stats) => {
+                memory.is_mapped(&stats);
+                memory.shared_pages = onto.as_ref().map(OntoWriter::shared_pages);
+                memory.written_pages = onto.as_ref().map(OntoWriter::written_pages);
+            }
             Err(error) => {
                 // The domain is resumed before the message says so.
                 drop(held);
@@ -278,6 +260,7 @@ fn save(
             }
         }
     }
+    drop(onto);
     let finished = output.finish();
     if let Some(program) = program {
         let is_there = finished.as_ref().err().is_none_or(Error::is::<NotDurable>);
@@ -322,10 +305,10 @@ struct Fate {
 }
 
 /// Open the output for the image, after checking that the image would not be lost there.
-fn output(args: &SaveArgs, domain: &dyn Domain) -> Result<Output> {
+fn output(args: &SaveArgs, packing: Option<&Packing>, domain: &dyn Domain) -> Result<Output> {
     let plan = OutputPlan {
         path: &args.file,
-        inputs: &[],
+        inputs: &args.onto.as_deref().map_or(Vec::new(), |base| vec![base]),
         existing: Existing::Replace,
         only_copy: !args.checkpoint && !args.paused,
     };
@@ -335,8 +318,10 @@ fn output(args: &SaveArgs, domain: &dyn Domain) -> Result<Output> {
         false => Output::open(&plan)?,
     };
     output.check_json(args.json)?;
-    // Zero pages take no space in slots, and their number is not known yet.
-    if !args.force && !mapped {
+    // Zero pages take no space in slots, and their number is not known yet; nor is what compression
+    // saves.
+    let is_compressed = packing.is_some_and(Packing::is_compressed);
+    if !args.force && !mapped && !is_compressed {
         output.check_room(least_bytes(&domain.info()?))?;
     }
     Ok(output)

@@ -288,6 +288,9 @@ impl Frames {
 
     /// The meaning of a decompressor's error.
     fn judged(&self, error: io::Error) -> io::Error {
+        if let Some(age) = self.progress.encryption() {
+            return age.into();
+        }
         if error.kind() == ErrorKind::Interrupted || self.progress.failed() || is_damage(&error) {
             return error;
         }

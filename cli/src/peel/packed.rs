@@ -2,10 +2,11 @@
 //! ran out or the source failed.
 
 use std::io::{self, BufRead, ErrorKind, Read};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Source;
+use crate::age::{self, AgeError};
 
 /// Bytes per read.
 const STEP: usize = 256 << 10;
@@ -16,6 +17,8 @@ pub(super) struct Progress {
     used: AtomicU64,
     ran_out: AtomicBool,
     failed: AtomicBool,
+    /// Why, if the source is encrypted and that is damaged.
+    encryption: Mutex<Option<AgeError>>,
 }
 
 impl Progress {
@@ -27,6 +30,12 @@ impl Progress {
     /// Whether a decompressor asked for more than there was.
     pub(super) fn ran_out(&self) -> bool {
         self.ran_out.load(Ordering::Relaxed)
+    }
+
+    /// What is wrong with the encryption around the source. Decompressors wrap their errors.
+    pub(super) fn encryption(&self) -> Option<AgeError> {
+        let found = self.encryption.lock();
+        found.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether reading the source failed. Its contents are not to blame then.
@@ -80,6 +89,11 @@ impl Packed {
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => {
                     self.progress.failed.store(true, Ordering::Relaxed);
+                    let mut found = self.progress.encryption.lock();
+                    let found = found.as_deref_mut().ok();
+                    if let (Some(found), Some(age)) = (found, age::error_in(&e)) {
+                        *found = Some(age.clone());
+                    }
                     return Err(e);
                 }
             }

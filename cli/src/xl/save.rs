@@ -8,13 +8,12 @@
 //! so it is removed only if it is certainly not an image.
 
 use std::ffi::OsString;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Error, Result, bail};
-use xsr_format::read::ReadOptions;
-use xsr_format::walk::{Content, Walk};
 
+use super::child::hold_signals;
+use super::fifo::Fifo;
 use super::words::Words;
 use crate::args::Backend;
 use crate::backend::Hypervisor;
@@ -22,12 +21,15 @@ use crate::cmd::save::AT_FREEZE_NEEDS_FILE;
 use crate::exit::{Aftermath, BadUsage};
 use crate::file::is_dash;
 use crate::output::{Existing, Output, OutputPlan};
+use crate::pack::{self, Packing};
 use crate::text::shown_path;
 
 /// The output that xl writes to.
 #[derive(Debug)]
 pub(super) struct Target {
     output: Output,
+    /// The pipe that xl writes to, if the output is packed.
+    fifo: Option<Fifo>,
     /// The final name of the file, an absolute path.
     pub(super) path: PathBuf,
 }
@@ -44,6 +46,7 @@ impl Target {
         arguments: &mut [OsString],
         mapped: bool,
         at_freeze: bool,
+        packing: Option<&Packing>,
     ) -> Result<Option<Self>> {
         let [domain, file, ..] = words.positions[..] else {
             return Ok(None);
@@ -66,23 +69,34 @@ impl Target {
         if at_freeze && !output.is_new_file() {
             return Err(Error::new(BadUsage(AT_FREEZE_NEEDS_FILE.to_owned())));
         }
-        match output.temporary() {
-            Some(temporary) => arguments[file] = temporary.as_os_str().to_owned(),
-            None => check_truncated(&output)?,
+        let fifo = match packing {
+            Some(packing) => {
+                // A signal must not end the process in the thread, either.
+                hold_signals()?;
+                Some(Fifo::start(packing, &output)?)
+            }
+            None => None,
+        };
+        match (&fifo, output.temporary()) {
+            (Some(fifo), _) => arguments[file] = fifo.path.clone().into(),
+            (None, Some(temporary)) => arguments[file] = temporary.as_os_str().to_owned(),
+            (None, None) => check_truncated(&output)?,
         }
-        if is_dash(&path) {
+        if is_dash(&path) && fifo.is_none() {
             // xl has no notation for stdout.
             arguments[file] = "/dev/stdout".into();
         }
-        // Zero pages take no space in slots, and their number is not known yet.
+        // Zero pages take no space in slots, and their number is not known yet; nor is what
+        // compression saves.
         if !words.force
             && !mapped
+            && !packing.is_some_and(Packing::is_compressed)
             && let Some(bytes) = domain.to_str().and_then(least_bytes)
         {
             output.check_room(bytes)?;
         }
         let path = std::path::absolute(&path)?;
-        Ok(Some(Self { output, path }))
+        Ok(Some(Self { output, fifo, path }))
     }
 
     /// Called after xl has ended, with its result and whether it succeeded. Sets `is_kept` if there
@@ -92,14 +106,27 @@ impl Target {
     ///
     /// xl's error; the file could not be renamed.
     pub(super) fn finish<T>(
-        self,
+        mut self,
         ended: Result<T>,
         succeeded: bool,
         is_kept: &mut bool,
     ) -> Result<T> {
-        let written = match self.output.temporary() {
-            None => return ended,
-            Some(temporary) => written(temporary),
+        let written = match (self.fifo.take(), self.output.temporary()) {
+            (Some(fifo), temporary) => match packed(fifo, succeeded) {
+                // Nothing has a name that could be given up.
+                Ok(_) if temporary.is_none() => return ended,
+                Ok(written) => written,
+                Err(error) => {
+                    let after = self.output.aftermath();
+                    let domain = match succeeded {
+                        true => "; xl has ended well: `xl list` says whether the domain is there",
+                        false => "",
+                    };
+                    return Err(Aftermath::of(error, format!("{after}{domain}")));
+                }
+            },
+            (None, None) => return ended,
+            (None, Some(temporary)) => written(temporary),
         };
         match written {
             Written::Nothing if succeeded => {
@@ -153,6 +180,24 @@ fn check_truncated(output: &Output) -> Result<()> {
     Ok(())
 }
 
+/// What xl has written into a pipe, once it has been packed.
+///
+/// # Errors
+///
+/// The output failed, which may be why xl has.
+fn packed(fifo: Fifo, succeeded: bool) -> Result<Written> {
+    let Fifo { packer, .. } = fifo;
+    if !succeeded {
+        packer.image_failed();
+    }
+    match packer.finish() {
+        Ok(packed) if packed.is_whole => Ok(Written::Image),
+        Ok(_) => Ok(Written::Something),
+        Err(error) if pack::is_cancelled(&error) => Ok(Written::Something),
+        Err(error) => Err(error),
+    }
+}
+
 /// What xl has written.
 enum Written {
     Nothing,
@@ -170,30 +215,10 @@ fn written(path: &Path) -> Written {
         Ok(found) if found.len() > 0 => {}
         _ => return Written::Nothing,
     }
-    match is_whole(&file) {
+    match pack::is_whole(&file) {
         Ok(true) => Written::Image,
         _ => Written::Something,
     }
-}
-
-/// Whether a file has an image from its first byte to its last record.
-fn is_whole(file: &std::fs::File) -> Result<bool> {
-    let mut walk = Walk::open(file, ReadOptions::default())?;
-    let mut pages = false;
-    while let Some(step) = walk.next_step()? {
-        if let Content::PageData(mut body) = step.content {
-            pages = true;
-            let left = body.pages_left();
-            body.with_source(left, |source, bytes| {
-                let skipped = io::copy(&mut io::Read::take(&mut *source, bytes), &mut io::sink())?;
-                match skipped == bytes {
-                    true => Ok(()),
-                    false => Err(io::ErrorKind::UnexpectedEof.into()),
-                }
-            })?;
-        }
-    }
-    Ok(pages)
 }
 
 /// The least size of the domain's image in bytes, if this process can ask for it.

@@ -2,6 +2,7 @@
 //! environment.
 
 mod at_freeze;
+mod packed;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
