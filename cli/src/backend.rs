@@ -393,7 +393,8 @@ pub(crate) fn store_emulators(
     domain: DomainRef,
     records: &[LibxlRecord],
 ) -> Result<()> {
-    if records.is_empty() {
+    // An earlier checkpoint may have had some, which no longer hold.
+    if records.is_empty() && host.emulators(domain)?.is_none() {
         return Ok(());
     }
     // Written directly: they may be long.
@@ -447,10 +448,33 @@ pub(crate) fn emulators(host: &dyn DomainStore, domain: DomainRef) -> Result<Vec
 
 #[cfg(test)]
 mod tests {
-    use xsr_xen_backend::GuestKind;
+    use xsr_format::wrapper::libxl::{EmulatorId, EmulatorInstance};
     use xsr_xen_backend::mock::GuestSpec;
+    use xsr_xen_backend::{GuestKind, Host as _};
 
     use super::*;
+
+    #[test]
+    fn emulators_records_of_an_earlier_checkpoint_do_not_stay() {
+        let mock = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let spec = GuestSpec::new("web", GuestKind::Hvm, 8);
+        let domid = mock.create_guest(&spec).expect("a guest");
+        let which = mock.domain(domid).and_then(|domain| domain.info());
+        let which = DomainRef::from(&which.expect("the guest"));
+        store_emulators(&mock, which, &[]).expect("nothing");
+        assert_eq!(mock.emulators(which).expect("read"), None);
+        let record = LibxlRecord::EmulatorContext {
+            emulator: EmulatorInstance {
+                id: EmulatorId::QemuUpstream,
+                index: 0,
+            },
+            state: vec![1, 2, 3],
+        };
+        store_emulators(&mock, which, std::slice::from_ref(&record)).expect("kept");
+        assert_eq!(emulators(&mock, which).expect("read"), [record]);
+        store_emulators(&mock, which, &[]).expect("kept");
+        assert_eq!(emulators(&mock, which).expect("read"), []);
+    }
 
     #[test]
     fn a_domain_that_a_command_works_on_is_refused_to_the_next() {

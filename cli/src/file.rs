@@ -1,5 +1,6 @@
 //! Image input: a file, a pipe, or stdin, with its wrappers removed.
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Seek as _, Write as _};
@@ -13,6 +14,7 @@ use xsr_format::walk::Walk;
 use xsr_format::wrapper::vhd::{self, Vhd, VhdError};
 use xsr_save_restore::storage::{Opened, StorageCursor, file};
 
+use crate::backend::phase;
 use crate::exit::{self, BadImage, BadUsage};
 use crate::feed::{self, Behind, Feed};
 use crate::origin::Origin;
@@ -71,6 +73,7 @@ impl Input {
         let name = path.display().to_string();
         let mut input = Self::plain(file::open(path)?, name)?;
         input.path = input.length.is_some().then(|| path.to_owned());
+        phase("image-open");
         Ok(input)
     }
 
@@ -84,16 +87,29 @@ impl Input {
         let name = || input.name.clone();
         let mut file = tempfile::tempfile().with_context(name)?;
         // Checked while it is copied: of a bad image, only the part before the error is kept.
+        let failed = Cell::new(None);
         let source = Tee {
             from: &input.image,
             to: &file,
+            failed: &failed,
         };
         let options = ReadOptions { lenient, offset: 0 };
-        Walk::open(source, options)
-            .and_then(|mut walk| {
-                while walk.next_step()?.is_some() {}
-                Ok(())
-            })
+        let walked = Walk::open(source, options).and_then(|mut walk| {
+            while walk.next_step()?.is_some() {}
+            Ok(())
+        });
+        if let Some(error) = failed.take() {
+            let place = std::env::temp_dir();
+            return Err(anyhow::Error::new(error)).with_context(|| {
+                format!(
+                    "writing a temporary file in {} for the contents of {} (TMPDIR names another \
+                     directory)",
+                    place.display(),
+                    input.name
+                )
+            });
+        }
+        walked
             .map_err(|error| input.blame(error.into()))
             .with_context(name)?;
         feed.finish(&input.image).with_context(name)?;
@@ -341,13 +357,18 @@ impl Drop for StdinPosition {
 struct Tee<'f> {
     from: &'f StorageCursor,
     to: &'f File,
+    /// Why the copy is not complete.
+    failed: &'f Cell<Option<io::Error>>,
 }
 
 impl Read for Tee<'_> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         let n = self.from.read(room)?;
-        let kept = self.to.write_all(&room[..n]);
-        kept.map_err(|e| io::Error::new(e.kind(), format!("writing a temporary file: {e}")))?;
+        if let Err(error) = self.to.write_all(&room[..n]) {
+            let kind = error.kind();
+            self.failed.set(Some(error));
+            return Err(kind.into());
+        }
         Ok(n)
     }
 }

@@ -12,6 +12,7 @@ use xsr_format::record::pv::PvInfo;
 use xsr_format::walk::{Step, Walk};
 use xsr_save_restore::storage::StorageCursor;
 
+use crate::backend::phase;
 use crate::file::Input;
 
 /// Offset and length of a record.
@@ -129,6 +130,7 @@ fn steps(
 
 fn each_step(walk: &mut Walk<&StorageCursor>, visit: Visitor<'_>) -> anyhow::Result<()> {
     while let Some(step) = walk.next_step()? {
+        phase("image-step");
         visit(step)?;
     }
     Ok(())

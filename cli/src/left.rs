@@ -118,9 +118,20 @@ impl Left {
         Ok((Self::add(&mut things, thing), made))
     }
 
-    /// A directory that is removed before the command ends.
-    pub(crate) fn directory(path: &Path) -> Self {
-        Self::behind(Thing::Directory(path.to_owned()))
+    /// A directory that is removed before the command ends. `make` creates it; `path` returns its
+    /// name. No signal ends the process before it is on the list.
+    ///
+    /// # Errors
+    ///
+    /// Those of `make`.
+    pub(crate) fn directory<T, E>(
+        make: impl FnOnce() -> Result<T, E>,
+        path: impl FnOnce(&T) -> &Path,
+    ) -> Result<(Self, T), E> {
+        let mut things = things();
+        let made = make()?;
+        let thing = Thing::Directory(path(&made).to_owned());
+        Ok((Self::add(&mut things, thing), made))
     }
 
     /// Work that must be cancelled in good order, and leaves nothing to describe.
@@ -260,6 +271,18 @@ pub(crate) fn end_at_once(end: impl FnOnce(Vec<String>)) {
     drop(things);
 }
 
+/// Removes a directory in which other threads of this process may still make files.
+fn remove_directory(path: &Path) -> io::Result<()> {
+    const TRIES: u32 = 20;
+    for _ in 1..TRIES {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            done => return done,
+        }
+    }
+    fs::remove_dir_all(path)
+}
+
 fn removed(things: &[(u64, Thing)]) -> Vec<String> {
     let mut said = Vec::new();
     for (_, thing) in things {
@@ -269,7 +292,7 @@ fn removed(things: &[(u64, Thing)]) -> Vec<String> {
                 Err(error) => format!("{} is left behind ({error})", temporary.display()),
             }),
             Thing::Directory(path) => {
-                if let Err(error) = fs::remove_dir_all(path) {
+                if let Err(error) = remove_directory(path) {
                     said.push(format!("{} is left behind ({error})", path.display()));
                 }
             }

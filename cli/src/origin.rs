@@ -58,6 +58,9 @@ pub(crate) struct Origin {
     /// Settings that libxl's configuration also has, by their place in it.
     #[serde(skip)]
     pub(crate) carried: Vec<(&'static str, Value)>,
+    /// Values that could not be taken over, or are missing, and what the domain gets instead.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) problems: Vec<String>,
     /// The whole text.
     pub(crate) text: String,
     /// Why it could not be understood.
@@ -125,7 +128,7 @@ impl Origin {
         }
         let mut origin = Self::new("xl", "xl.cfg", config);
         let text = std::mem::take(&mut origin.text);
-        origin.understood(xl_text::read(&text));
+        origin.understood(xl_text::read(&text).map_err(|why| format!("is wrong in {why}")));
         origin.text = text;
         Some(origin)
     }
@@ -133,7 +136,7 @@ impl Origin {
     /// A configuration in xl's own format, from a file.
     pub(crate) fn of_text(text: &str) -> Self {
         let mut origin = Self::new("xl", "xl.cfg", text.as_bytes());
-        origin.understood(xl_text::read(text));
+        origin.understood(xl_text::read(text).map_err(|why| format!("is wrong in {why}")));
         origin
     }
 
@@ -141,13 +144,33 @@ impl Origin {
     fn understood(&mut self, found: Result<Found, String>) {
         match found {
             Ok(found) => {
+                self.problems = found.problems;
                 self.name = found.name.filter(|name| !name.is_empty());
                 self.uuid = found
                     .uuid
-                    .filter(|uuid| config::wrong_with_uuid(uuid).is_none());
+                    .filter(|uuid| match config::wrong_with_uuid(uuid) {
+                        None => true,
+                        Some(why) => {
+                            let uuid = shortened(uuid);
+                            self.problems
+                                .push(format!("the UUID {uuid:?} is not taken over: {why}"));
+                            false
+                        }
+                    });
                 self.kind = found.kind;
                 self.vcpus = found.vcpus.filter(|vcpus| *vcpus > 0);
                 self.max_memory_kib = found.max_memory_kib.filter(|kib| *kib > 0);
+                // xl itself makes up what is missing from a text of its own.
+                if self.toolstack != "xl" {
+                    if self.name.is_none() {
+                        let instead = "no name: the domain gets that of the file";
+                        self.problems.push(instead.to_owned());
+                    }
+                    if self.uuid.is_none() {
+                        let instead = "no UUID: the domain gets one that is made from its name";
+                        self.problems.push(instead.to_owned());
+                    }
+                }
                 self.devices = found.devices;
                 self.settings = found.settings;
                 self.carried = found.carried;
@@ -169,6 +192,14 @@ impl Origin {
             format!("{} ({})", Count(list.len(), what), words.join(", "))
         });
         words.collect()
+    }
+
+    /// Messages about values that could not be taken over.
+    pub(crate) fn problems_in_words(&self) -> impl Iterator<Item = String> {
+        let words = self.words();
+        self.problems
+            .iter()
+            .map(move |what| format!("{words}: {what}"))
     }
 
     /// Its source, in words.
@@ -208,6 +239,9 @@ pub(crate) fn losses(input: &Input, has_config: bool) -> Vec<String> {
     let words = origin.words();
     if let Some(why) = &origin.error {
         out.push(format!("{words} could not be understood: it {why}"));
+    }
+    if has_config {
+        out.extend(origin.problems_in_words());
     }
     if !has_config && (origin.name.is_some() || origin.uuid.is_some()) {
         out.push(format!(
@@ -250,9 +284,34 @@ struct Found {
     devices: Vec<String>,
     settings: Vec<String>,
     carried: Vec<(&'static str, Value)>,
+    problems: Vec<String>,
 }
 
 impl Found {
+    /// A number; reports one that is given, but cannot be taken over.
+    fn number<T: std::str::FromStr + PartialEq + Default>(
+        &mut self,
+        what: &str,
+        text: Option<&str>,
+    ) -> Option<T> {
+        let text = text?.trim();
+        let number = text.parse().ok().filter(|number| *number != T::default());
+        if number.is_none() {
+            self.not_taken(what, text);
+        }
+        number
+    }
+
+    /// Reports a value that cannot be taken over.
+    fn not_taken(&mut self, what: &str, text: &str) {
+        if self.problems.len() < MAX_DEVICES {
+            let text = shortened(text);
+            self.problems.push(format!(
+                "{what} {text:?} is not taken over: no number for a domain"
+            ));
+        }
+    }
+
     /// Report a setting that is not carried over.
     fn setting(&mut self, words: &[&str]) {
         if self.settings.len() < MAX_DEVICES {

@@ -504,9 +504,25 @@ fn identity(found: &Metadata) -> Option<(bool, u64, u64)> {
     let kind = found.file_type();
     match (kind.is_file(), kind.is_block_device()) {
         (true, _) => Some((true, found.dev(), found.ino())),
-        (_, true) => Some((false, found.rdev(), 0)),
+        (_, true) => match behind_loop(Path::new("/sys/dev/block"), found.rdev()) {
+            // A loop device keeps its data in a file.
+            Some(file) => identity(&file),
+            _ => Some((false, found.rdev(), 0)),
+        },
         _ => None,
     }
+}
+
+/// The file of a loop device, or of the device that a partition is part of; `None` for any other.
+/// `devices` is a directory with a link for each block device.
+fn behind_loop(devices: &Path, device: u64) -> Option<Metadata> {
+    let device = devices.join(format!("{}:{}", major(device), minor(device)));
+    let whole = match device.join("partition").exists() {
+        true => device.canonicalize().ok()?.parent()?.to_owned(),
+        false => device,
+    };
+    let file = fs::read_to_string(whole.join("loop/backing_file")).ok()?;
+    fs::metadata(file.trim_end_matches('\n')).ok()
 }
 
 /// The major number of memory devices: null, zero, full, random.
@@ -612,6 +628,7 @@ impl Sink<'_> {
 
 impl Write for Sink<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        phase("output-written");
         let result = self.writer.write(bytes);
         let n = match result {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Err(e),

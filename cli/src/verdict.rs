@@ -5,6 +5,7 @@ use std::fmt;
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::detect::{Detected, detect};
 use xsr_format::fields::hvm::param_name;
+use xsr_format::frame::{PageType, Pfn};
 use xsr_format::guest_image::GuestImage;
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader, Version};
 use xsr_format::record::RecordKind;
@@ -15,6 +16,7 @@ use xsr_xen_backend::GuestKind;
 use crate::config::{self, Config};
 use crate::exit::BadImage;
 use crate::feed::Behind;
+use crate::origin::Origin;
 use crate::text::Count;
 
 /// libxl's configuration in an xl header; `None` if the header has none, or one in xl's own format,
@@ -29,7 +31,110 @@ pub(crate) fn config_of(header: &XlHeader) -> Result<Option<(&str, Config)>, Bad
     };
     let config = Config::parse(json)?;
     check_name(&config.name)?;
+    check_uuid(config.uuid.as_deref())?;
     Ok(Some((json, config)))
+}
+
+/// Checks that a domain can have the UUID of a configuration, if it has one.
+///
+/// # Errors
+///
+/// It cannot.
+pub(crate) fn check_uuid(uuid: Option<&str>) -> Result<(), BadImage> {
+    let Some((uuid, why)) = uuid.and_then(|uuid| Some((uuid, config::wrong_with_uuid(uuid)?)))
+    else {
+        return Ok(());
+    };
+    let shown: String = uuid.chars().take(64).collect();
+    Err(BadImage(format!(
+        "no domain can have the UUID {shown:?}: {why}; give it another with xsr edit --uuid"
+    )))
+}
+
+/// Checks that a restore accepts what another toolstack says about the domain, for an image of a
+/// guest of `guest_type`, if the command line does not say otherwise.
+///
+/// # Errors
+///
+/// The broken rule.
+pub(crate) fn check_origin(origin: &Origin, guest_type: GuestType) -> Result<(), BadImage> {
+    if origin.error.is_some() {
+        let advice = "give a name with --name (the domain gets a new UUID), or a configuration \
+                      with --config";
+        return Err(not_understood(origin, advice));
+    }
+    if let Some(name) = &origin.name {
+        check_name(name)?;
+    }
+    let Some(kind) = origin.kind else {
+        return Ok(());
+    };
+    check_vcpus(origin.vcpus.unwrap_or(0), kind)?;
+    match (guest_type == GuestType::X86_PV) == (kind == GuestKind::Pv) {
+        true => Ok(()),
+        false => Err(other_kind(origin, kind, guest_type)),
+    }
+}
+
+/// The error for what another toolstack says if it could not be understood.
+pub(crate) fn not_understood(origin: &Origin, advice: &str) -> BadImage {
+    BadImage(format!(
+        "{} could not be understood: it {}; so the domain's name and UUID are unknown: {advice}",
+        origin.words(),
+        origin.error.as_deref().unwrap_or("is unknown")
+    ))
+}
+
+/// The error for another toolstack's domain whose kind is not that of the stream.
+pub(crate) fn other_kind(origin: &Origin, kind: GuestKind, guest_type: GuestType) -> BadImage {
+    BadImage(format!(
+        "{} says that the guest is {}, but the image is of an {guest_type} guest; --type overrides \
+         it",
+        origin.words(),
+        config::kind_name(kind)
+    ))
+}
+
+/// Checks that Xen lets a domain of this kind have so many vcpus.
+///
+/// # Errors
+///
+/// It does not.
+pub(crate) fn check_vcpus(vcpus: u32, kind: GuestKind) -> Result<(), BadImage> {
+    let most = config::most_vcpus(kind);
+    match vcpus > most {
+        true => Err(BadImage(format!(
+            "the guest has {vcpus} vcpus, but a {} guest has at most {most}",
+            config::kind_name(kind)
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// Checks that the image of a PV guest holds each frame of its p2m, as an ordinary page: the restore
+/// writes them. `page` finds a page that has memory.
+///
+/// # Errors
+///
+/// It lacks one.
+pub(crate) fn check_p2m(
+    guest: &GuestImage,
+    page: impl Fn(Pfn) -> Option<PageType>,
+) -> Result<(), BadImage> {
+    let frames = guest.p2m().map_or(&[][..], |p2m| &p2m.frames);
+    for (entry, pfn) in frames.iter().enumerate() {
+        let why = match page(*pfn) {
+            Some(PageType::NOTAB) => continue,
+            None => "the image holds no such page",
+            Some(page_type) if page_type.table_level().is_some() => "that page is a page table",
+            Some(_) => "that page has no contents",
+        };
+        return Err(BadImage(format!(
+            "{} entry {entry} names frame {pfn}: {why}",
+            RecordKind::X86_PV_P2M_FRAMES
+        )));
+    }
+    Ok(())
 }
 
 /// Checks that a domain can have a name.

@@ -17,6 +17,17 @@ use crate::restore::CpuMissing;
 use crate::text::chain;
 use crate::toolstack::ToolstackError;
 
+/// Why a domain that has `tot` pages of the `max` that it may have gets no more.
+fn lack(tot: u64, max: u64) -> String {
+    match tot < max {
+        true => format!(
+            "which has {tot} pages of the {max} that it may have: the host has no memory left, or \
+             gives no guest a page at that pfn, and then the image is damaged"
+        ),
+        false => format!("which has all {max} pages that it may have: give the domain more"),
+    }
+}
+
 /// An impossible state of a guest, found on a save or on a restore.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
@@ -356,9 +367,7 @@ pub enum RestoreError {
         max: Pfn,
     },
     /// There was no memory for the guest.
-    #[error(
-        "no memory for pfn {pfn} of the guest: it has {tot_pages} pages and may have {max_pages}; give the domain more, or free memory on the host"
-    )]
+    #[error("no memory for pfn {pfn} of the guest, {}", lack(*tot_pages, *max_pages))]
     NoMemory {
         /// The first page without memory.
         pfn: Pfn,

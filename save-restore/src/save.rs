@@ -225,6 +225,9 @@ impl<'r, 'p> Run<'r, 'p> {
     }
 }
 
+/// The pfns that even a small guest has: up to 8 GiB, below which its devices are.
+const ORDINARY_PFNS: u64 = 1 << 21;
+
 impl<'r> Run<'r, '_> {
     /// Maps the tables that describe the guest's memory; writes everything that precedes memory.
     fn head<'s>(
@@ -234,6 +237,7 @@ impl<'r> Run<'r, '_> {
     ) -> Result<(Box<dyn GuestSave + 'r>, Out<'s>), SaveError> {
         self.report(Phase::Setup)?;
         let guest = self.setup()?;
+        self.warn_of_size(guest.as_ref());
         let domain_header = DomainHeader {
             guest_type: guest.guest_type(),
             xen_major: u32::from(xen.major),
@@ -245,6 +249,20 @@ impl<'r> Run<'r, '_> {
         self.begin(Part::Start);
         guest.start_of_stream(&mut out)?;
         Ok((guest, out))
+    }
+
+    /// A guest decides how long its image is: it has an entry for each pfn up to the last, whether
+    /// the guest has a page there or not. (Xen's saver writes the same.)
+    fn warn_of_size(&self, guest: &dyn GuestSave) {
+        let pfns = guest_pages(guest);
+        if pfns > ORDINARY_PFNS + 4 * self.most_pages {
+            let (most, mib) = (self.most_pages, 8 * pfns >> 20);
+            tracing::warn!(
+                "the guest has {most} pages at most, but pfns up to {:#x}: the image has {mib} MiB \
+                 for those without a page",
+                pfns - 1
+            );
+        }
     }
 
     /// What comes now belongs to this part of an image with slots.

@@ -57,7 +57,7 @@ pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
 pub use new_domain::{DomainSettings, NewDomain};
 pub use pages::{Access, ForeignPage, ForeignPages, Gather, Unwritten, WriteCall};
 pub use uuid::{BadUuid, Uuid};
-pub use xen::{OpenError, Ring, XenHost, known_versions};
+pub use xen::{MemoryNode, OpenError, Ring, XenHost, known_versions};
 
 /// A domain's number, 0–0x7fef; 0 is the control domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

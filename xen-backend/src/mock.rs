@@ -201,9 +201,29 @@ impl MockHost {
             // Another process has just made one.
             return Err(occupied());
         }
-        place.make(DOMAINS)?;
-        let store = Store::open(place, locks)?;
-        Machine::create(store, opened, config.clone()).map(Self::new)
+        let made = place
+            .make(DOMAINS)
+            .and_then(|_| Store::open(place, locks))
+            .and_then(|store| Machine::create(store, opened, config.clone()));
+        if made.is_err() {
+            Self::undo_create(dir);
+        }
+        made.map(Self::new)
+    }
+
+    /// A machine could not be made in `dir`, which was empty: empties it again. The error that kept
+    /// it from being made is the one that counts.
+    fn undo_create(dir: &Path) {
+        let emptied = Place::open(dir).and_then(|place| match place {
+            Some(place) => place
+                .names()?
+                .iter()
+                .try_for_each(|name| place.remove_all(name)),
+            None => Ok(()),
+        });
+        if let Err(error) = emptied {
+            tracing::warn!(%error, "files of a mock host that could not be made are left");
+        }
     }
 
     /// Open the host in `dir`, which other processes may have open too.
@@ -295,7 +315,7 @@ impl MockHost {
     fn mock_domain(&self, domid: DomId) -> Result<MockDomain, BackendError> {
         const OP: &str = "getdomaininfo";
         let dom = self.machine.dom(domid).map_err(|error| {
-            BackendError::domain(OP, domid, Errno::EIO).explained(error.to_string())
+            BackendError::domain(OP, domid, domain::errno_of(&error)).explained(error.to_string())
         })?;
         let dom = dom.ok_or(BackendError::domain(OP, domid, Errno::ESRCH))?;
         Ok(MockDomain {
@@ -310,30 +330,42 @@ impl MockHost {
     ///
     /// [`MockError::NoSuchDomain`].
     pub fn find(&self, name_or_id: &str) -> Result<DomId, MockError> {
-        let domains = self.list()?;
-        let mut domids = domains.iter().map(|domain| domain.domid);
+        // The state of no other domain is needed: its lock may be held for long.
         let found = match crate::domain_store::number(name_or_id) {
-            Some(number) => domids.find(|domid| *domid == number),
+            Some(number) => self.machine.dom(number)?.map(|dom| dom.domid),
             // Or the name shown for a domain without one.
-            None => self.find_named(name_or_id)?.or_else(|| {
-                let shown = domains.iter().find(|domain| domain.name == name_or_id);
-                shown.map(|domain| domain.domid)
-            }),
+            None => match self.find_named(name_or_id)? {
+                None => self.find_shown(name_or_id)?,
+                found => found,
+            },
         };
         found.ok_or_else(|| MockError::NoSuchDomain {
             name: name_or_id.to_owned(),
         })
     }
 
+    fn find_shown(&self, name: &str) -> Result<Option<DomId>, MockError> {
+        let domains = self.list()?;
+        let shown = domains.iter().find(|domain| domain.name == name);
+        Ok(shown.map(|domain| domain.domid))
+    }
+
     /// The domain that has been given this name.
     fn find_named(&self, name: &str) -> Result<Option<DomId>, MockError> {
+        let mut unknown = None;
         for dom in self.machine.all_domains()? {
-            let state = dom.lock()?;
-            if state.record.given_name() == Some(name) && !dom.is_gone() {
-                return Ok(Some(dom.domid));
+            match dom.lock() {
+                Ok(state) if state.record.given_name() == Some(name) && !dom.is_gone() => {
+                    return Ok(Some(dom.domid));
+                }
+                Ok(_) => {}
+                // It may be this one, unless another has the name.
+                Err(error) => {
+                    unknown.get_or_insert(error);
+                }
             }
         }
-        Ok(None)
+        unknown.map_or(Ok(None), Err)
     }
 
     fn check_new_name(&self, name: &str) -> Result<(), MockError> {
@@ -459,7 +491,8 @@ impl Host for MockHost {
     fn domains(&self) -> Result<Vec<DomainInfo>, BackendError> {
         let mut infos = Vec::new();
         let domains = self.machine.all_domains().map_err(|error| {
-            BackendError::host("getdomaininfolist", Errno::EIO).explained(error.to_string())
+            BackendError::host("getdomaininfolist", domain::errno_of(&error))
+                .explained(error.to_string())
         })?;
         for dom in domains {
             let machine = Arc::clone(&self.machine);
@@ -485,7 +518,10 @@ impl Host for MockHost {
         let free_pages = self.machine.hold_allocator().map(|_| self.free_pages());
         Ok(PhysInfo {
             total_pages: self.machine.config.memory_pages,
-            free_pages: free_pages.map_err(|errno| BackendError::host("physinfo", errno))?,
+            free_pages: free_pages.map_err(|error| {
+                BackendError::host("physinfo", domain::errno_of(&error))
+                    .explained(error.to_string())
+            })?,
             outstanding_pages: 0,
             cpu_khz: platform::HOST_KHZ,
             pv: true,
@@ -554,7 +590,9 @@ impl Host for MockHost {
             }
             Ok(None) => Err(BackendError::host(OP, Errno::ENOMEM)
                 .explained("the mock host has no memory for another domain")),
-            Err(error) => Err(BackendError::host(OP, domain::storage_errno(&error))),
+            Err(error) => {
+                Err(BackendError::host(OP, domain::errno_of(&error)).explained(error.to_string()))
+            }
         }
     }
 }

@@ -137,9 +137,62 @@ impl XenHost {
         })
     }
 
+    /// As [`Host::domain`], for a domain that is about to get its memory (by a restore into the
+    /// handle, for example): it is taken from a NUMA node.
+    ///
+    /// # Errors
+    ///
+    /// As [`Host::domain`].
+    pub fn domain_on(
+        &self,
+        domid: DomId,
+        memory: MemoryNode,
+    ) -> Result<Box<dyn Domain>, BackendError> {
+        Ok(Box::new(XenDomain {
+            memory: Some(memory),
+            ..self.handle(domid)?
+        }))
+    }
+
+    fn handle(&self, domid: DomId) -> Result<XenDomain, BackendError> {
+        if domid.0 == 0 || domid.0 >= DOMID_FIRST_RESERVED {
+            return Err(BackendError::domain("domain", domid, Errno::EINVAL));
+        }
+        let info = self.shared.calls.info(domid);
+        let info = info.map_err(|e| BackendError::domain("getdomaininfo", domid, e))?;
+        Ok(XenDomain {
+            shared: Arc::clone(&self.shared),
+            domid,
+            kind: info.kind,
+            memory: None,
+            vcpus: AtomicU64::new(0),
+            log: Mutex::default(),
+            warned: AtomicBool::new(false),
+        })
+    }
+
     /// The domctl interface version of the hypervisor.
     pub fn domctl_version(&self) -> u32 {
         self.shared.calls.interface.domctl
+    }
+}
+
+/// The NUMA node that a domain's memory is taken from.
+///
+/// C: `memflags` of `xc_domain_restore` (`XENMEMF_node`, `XENMEMF_exact_node_request`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryNode {
+    /// Xen's number of the node.
+    pub node: u8,
+    /// Whether no other node may be used, even if this one has no memory left.
+    pub exact: bool,
+}
+
+impl MemoryNode {
+    /// Xen's flags for an allocation. (Its macros are not among the generated constants.)
+    fn flags(self) -> u32 {
+        const EXACT: u32 = 1 << 17;
+        (u32::from(self.node) + 1) << 8 & 0xff00 | if self.exact { EXACT } else { 0 }
     }
 }
 
@@ -149,6 +202,8 @@ struct XenDomain {
     shared: Arc<Shared>,
     domid: DomId,
     kind: GuestKind,
+    /// Where its memory is taken from. `None`: where Xen chooses.
+    memory: Option<MemoryNode>,
     /// The number of vcpus that the domain is known to have, at least.
     vcpus: AtomicU64,
     /// The buffer that the dirty log is read into, kept for the next read.
@@ -202,19 +257,7 @@ impl Host for XenHost {
     fn domain(&self, domid: DomId) -> Result<Box<dyn Domain>, BackendError> {
         // Includes the control domain itself: releasing or writing its frames would change the
         // memory of this process without the compiler's knowledge.
-        if domid.0 == 0 || domid.0 >= DOMID_FIRST_RESERVED {
-            return Err(BackendError::domain("domain", domid, Errno::EINVAL));
-        }
-        let info = self.shared.calls.info(domid);
-        let info = info.map_err(|e| BackendError::domain("getdomaininfo", domid, e))?;
-        Ok(Box::new(XenDomain {
-            shared: Arc::clone(&self.shared),
-            domid,
-            kind: info.kind,
-            vcpus: AtomicU64::new(0),
-            log: Mutex::default(),
-            warned: AtomicBool::new(false),
-        }))
+        Ok(Box::new(self.handle(domid)?))
     }
 
     fn max_cpu_policy(&self, kind: GuestKind) -> Result<CpuPolicy, BackendError> {

@@ -85,8 +85,8 @@ pub(crate) fn run(args: &DemoArgs, terminal: &Terminal) -> Result<Code> {
     let no_lines = ProgressArg { progress_fd: None };
     let watch = Watch::start(terminal, no_lines, "making")?;
     let started = Instant::now();
-    let place = scratch()?;
-    Left::directory(place.path()).until_the_end();
+    let (left, place) = Left::directory(scratch, TempDir::path)?;
+    left.until_the_end();
     let mut demo = Demo {
         one: host(&place.path().join("one"), 1)?,
         other: host(&place.path().join("other"), 2)?.into(),

@@ -20,6 +20,7 @@ use self::difference::{Difference, LeftOut};
 use self::expected::Expected;
 use self::image::Image;
 use crate::args::DiffArgs;
+use crate::backend::phase;
 use crate::exit::Code;
 use crate::file::Input;
 use crate::image::Reading;
@@ -115,6 +116,7 @@ fn compare(a: &Image, b: &Image, after_restore: bool, terminal: &Terminal) -> Re
         a.pages(),
         b.pages(),
         &mut |bytes| {
+            phase("pages-compared");
             done += 2 * bytes;
             bar.bytes(done, Some(total));
         },

@@ -79,7 +79,7 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
         }
         (input.finish(walked.bytes)).with_context(|| input.name.clone())
     });
-    let verdict = inspection.verdict(walked.guest.as_ref());
+    let verdict = inspection.verdict(walked.guest.as_ref(), input.origin());
     let (mut report, any) = inspection.finish();
     report.layers = input.layers().to_vec();
     if let Some(origin) = input.origin() {
@@ -301,7 +301,11 @@ impl Inspection {
     }
 
     /// A restore's verdict: warnings, or why it would refuse the image.
-    fn verdict(&self, guest: Option<&GuestImage>) -> Result<Vec<Warning>, BadImage> {
+    fn verdict(
+        &self,
+        guest: Option<&GuestImage>,
+        origin: Option<&Origin>,
+    ) -> Result<Vec<Warning>, BadImage> {
         if let Some(bad) = &self.bad {
             return Err(BadImage(bad.clone()));
         }
@@ -310,8 +314,17 @@ impl Inspection {
         };
         let kind = self.config.as_ref().map(|config| config.kind);
         verdict::check_headers(image, domain, kind)?;
+        let origin = origin.or(self.report.origin.as_ref());
+        if let (Some(origin), None) = (origin, &self.config) {
+            verdict::check_origin(origin, domain.guest_type)?;
+        }
         verdict::check_guest(guest, self.map.populated(), self.config.as_ref())?;
-        Ok(verdict::warnings(image, guest))
+        let page = |pfn| self.map.get(pfn).map(|(page_type, _)| page_type);
+        verdict::check_p2m(guest, |pfn| page(pfn).filter(|found| found.is_populated()))?;
+        let mut warnings = verdict::warnings(image, guest);
+        let problems = origin.into_iter().flat_map(Origin::problems_in_words);
+        warnings.extend(problems.map(Warning));
+        Ok(warnings)
     }
 
     /// Take over what all records together say about the guest.

@@ -315,10 +315,20 @@ impl Coming<'_, '_> {
         };
         Err(failed(match (arrived.end, self.about) {
             (ReceiverEnd::Runs { told: true }, Some(about)) => return Ok(about),
-            (ReceiverEnd::Runs { .. }, _) => format!(
-                "{name} has been received and started here, but the sender could not be told: \
-                 {untold}; destroy what it has left, {name}--migratedaway"
-            ),
+            (ReceiverEnd::Runs { .. }, about) => {
+                let words = format!(
+                    "{name} has been received and started here, but the sender could not be told: \
+                     {untold}; destroy what it has left, {name}--migratedaway"
+                );
+                match about {
+                    // It was received: who tries again would have it twice.
+                    Some(about) => {
+                        tracing::warn!("{words}");
+                        return Ok(about);
+                    }
+                    None => words,
+                }
+            }
             (ReceiverEnd::LeftPaused, _) => format!(
                 "{kept}; it is paused here and must not run: {}",
                 words(left.as_ref())

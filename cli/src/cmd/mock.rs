@@ -19,7 +19,7 @@ use crate::args::{
 use crate::backend::workload;
 use crate::backend::{self, Hypervisor};
 use crate::config;
-use crate::exit::{BadUsage, Code};
+use crate::exit::{Aftermath, BadUsage, Code};
 use crate::interrupt::Interrupt;
 use crate::left::{self, Left};
 use crate::stdout::{self, Results};
@@ -98,12 +98,10 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
             false => error,
         })?;
     if let Err(error) = workload::store(&host, domid, workload.as_ref()) {
-        host.domain(domid)?.destroy()?;
-        return Err(error);
+        return Err(unmade(mock, domid, error));
     }
     if interrupt.cancel().is_cancelled() {
-        host.domain(domid)?.destroy()?;
-        return Err(interrupted());
+        return Err(unmade(mock, domid, interrupted()));
     }
     made(args, domid, terminal)
 }
@@ -177,11 +175,19 @@ pub(crate) fn create_guest(host: &MockHost, spec: &GuestSpec) -> Result<DomId> {
         domid,
         uuid: spec.uuid,
     };
-    let kept = backend::store_config(host, domain, &json);
-    if kept.is_err() {
-        host.domain(domid)?.destroy()?;
+    match backend::store_config(host, domain, &json) {
+        Ok(()) => Ok(domid),
+        Err(error) => Err(unmade(host, domid, error)),
     }
-    kept.map(|()| domid)
+}
+
+/// Destroy a guest because of `error`, which is the one that counts.
+fn unmade(host: &MockHost, domid: DomId, error: Error) -> Error {
+    match host.domain(domid).and_then(|domain| domain.destroy()) {
+        Ok(()) => error,
+        Err(gone) if gone.errno == Errno::ESRCH => error,
+        Err(left) => Aftermath::of(error, format!("{domid} is left, incomplete: {left}")),
+    }
 }
 
 /// What `mock list --json` prints (docs/json.md).

@@ -17,12 +17,13 @@ use xsr_format::record::Body;
 use xsr_format::walk::Content;
 
 use crate::args::VerifyArgs;
+use crate::backend::phase;
 use crate::config::Config;
 use crate::exit::{self, BadImage, Code};
 use crate::file::Input;
 use crate::image::{At, FileStep, Reading};
 use crate::mapped::{self, Compared, own_position};
-use crate::origin;
+use crate::origin::{self, Origin};
 use crate::page_map::{PageMap, runs_of};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
@@ -139,7 +140,10 @@ fn verify(
         // First, so that damage is reported by its digest before a reader stumbles over it.
         deep(&input, index.as_ref(), verdict).with_context(|| input.name.clone())?;
     }
-    let mut facts = Totals::default();
+    let mut facts = Totals {
+        origin: input.origin().cloned(),
+        ..Totals::default()
+    };
     let mut compared = index.as_ref().map(Compared::new);
     let walked = reading.over(&input, &mut |step| {
         facts.step(&step)?;
@@ -169,13 +173,18 @@ fn verify(
     verdict.trailing_bytes = behind.bytes;
     verdict.warnings.extend(input.notes());
     verdict.warnings.extend(origin::left_out(&input, true));
+    let problems = facts.origin.iter().flat_map(Origin::problems_in_words);
+    verdict.warnings.extend(problems);
     let Totals {
         config,
+        origin: _,
         image,
         pages,
     } = facts;
     if let (Some(image), Some(guest)) = (image, &walked.guest) {
+        let page = |pfn| pages.get(pfn).map(|(page_type, _)| page_type);
         verdict::check_guest(guest, pages.populated(), config.as_ref())
+            .and_then(|()| verdict::check_p2m(guest, page))
             .with_context(|| input.name.clone())?;
         let warnings = verdict::warnings(image, guest).into_iter();
         verdict.warnings.extend(warnings.map(|warning| warning.0));
@@ -200,6 +209,7 @@ fn deep(input: &Input, index: Option<&Mapped>, verdict: &mut Verdict) -> Result<
         return Ok(());
     };
     let mut count = 0_u64;
+    phase("digests");
     check(index, &mut own_position(&input.image)?, |damage| {
         count += 1;
         if verdict.damage.len() < MOST_DAMAGES {
@@ -222,6 +232,8 @@ fn deep(input: &Input, index: Option<&Mapped>, verdict: &mut Verdict) -> Result<
 #[derive(Debug, Default)]
 struct Totals {
     config: Option<Config>,
+    /// What another toolstack, or an older xl, says about the domain.
+    origin: Option<Origin>,
     image: Option<ImageHeader>,
     pages: PageMap,
 }
@@ -232,10 +244,14 @@ impl Totals {
         match &step.content {
             Content::XlHeader(header) => {
                 self.config = verdict::config_of(header)?.map(|(_, config)| config);
+                self.origin = Origin::of_xl(header);
             }
             Content::Headers(image, domain) => {
                 let kind = self.config.as_ref().map(|config| config.kind);
                 verdict::check_headers(*image, *domain, kind)?;
+                if let (Some(origin), None) = (&self.origin, &self.config) {
+                    verdict::check_origin(origin, domain.guest_type)?;
+                }
                 self.image = Some(*image);
             }
             Content::PageData(body) => {

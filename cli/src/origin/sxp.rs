@@ -133,10 +133,6 @@ impl Sxp {
     fn text(&self, name: &str) -> Option<String> {
         Some(self.value(name)?.atom()?.to_owned())
     }
-
-    fn number<T: std::str::FromStr>(&self, name: &str) -> Option<T> {
-        self.value(name)?.atom()?.parse().ok()
-    }
 }
 
 fn bare(chars: &mut Peekable<Chars<'_>>, first: char) -> String {
@@ -177,7 +173,13 @@ pub(super) fn read_xend(text: &str) -> Result<Found, String> {
         return Err("is no (domain …)".to_owned());
     }
     // Both in MiB. The domain may have the larger one.
-    let memory = ["maxmem", "memory"].map(|name| domain.number::<u64>(name).unwrap_or(0));
+    let mut found = Found::default();
+    let mut number = |name| found.number::<u64>(name, domain.value(name).and_then(Sxp::atom));
+    // 0 is no limit.
+    let most = domain.text("maxmem").filter(|most| most != "0");
+    let memory = [most.and_then(|_| number("maxmem")), number("memory")];
+    let mib = memory.into_iter().flatten().max();
+    let vcpus = found.number("vcpus", domain.value("vcpus").and_then(Sxp::atom));
     let mut found = Found {
         name: domain.text("name"),
         uuid: domain.text("uuid").map(|uuid| dashed(&uuid)),
@@ -186,11 +188,13 @@ pub(super) fn read_xend(text: &str) -> Result<Found, String> {
             Some("hvm") => Some(GuestKind::Hvm),
             _ => None,
         },
-        vcpus: domain.number("vcpus"),
-        max_memory_kib: memory[0].max(memory[1]).checked_mul(1024),
-        devices: Vec::new(),
-        ..Found::default()
+        vcpus,
+        max_memory_kib: mib.and_then(|mib| mib.checked_mul(1024)),
+        ..found
     };
+    if let (Some(mib), None) = (mib, found.max_memory_kib) {
+        found.not_taken("memory", &mib.to_string());
+    }
     take_settings(&domain, &mut found);
     if let Some(image) = domain.value("image") {
         take_settings(image, &mut found);
@@ -246,15 +250,25 @@ fn xapis_action(actions: &Sxp) -> Option<&'static str> {
 /// xenopsd's record of a domain, in which the VM is a string that holds an s-expression.
 pub(super) fn read_xapi(text: &str) -> Result<Found, String> {
     let record = Sxp::parse(text)?;
-    let Some(vm) = record.text("vm_str") else {
+    let Some(text) = record.text("vm_str") else {
         return Ok(Found::default());
     };
-    // Other versions store something else here, which is ignored.
-    let Ok(vm) = Sxp::parse(&vm) else {
-        return Ok(Found::default());
+    let vm = match Sxp::parse(&text) {
+        Ok(vm) => vm,
+        Err(why) if text.starts_with('(') => return Err(format!("has a vm_str that {why}")),
+        // Other versions store something else here.
+        Err(_) => {
+            return Ok(Found {
+                problems: vec!["its vm_str is not an s-expression, and is not read".to_owned()],
+                ..Found::default()
+            });
+        }
     };
     let kind = vm.value("ty").and_then(|ty| ty.head().or(ty.atom()));
-    let bytes: Option<u64> = vm.number("memory_static_max");
+    let mut found = Found::default();
+    let memory = vm.value("memory_static_max").and_then(Sxp::atom);
+    let bytes: Option<u64> = found.number("memory_static_max", memory);
+    let vcpus = found.number("vcpu_max", vm.value("vcpu_max").and_then(Sxp::atom));
     let mut found = Found {
         name: vm.text("name"),
         uuid: vm.text("id"),
@@ -264,10 +278,9 @@ pub(super) fn read_xapi(text: &str) -> Result<Found, String> {
             Some("PVH" | "PVinPVH") => Some(GuestKind::Pvh),
             _ => None,
         },
-        vcpus: vm.number("vcpu_max"),
+        vcpus,
         max_memory_kib: bytes.map(|bytes| bytes.div_ceil(1024)),
-        devices: Vec::new(),
-        ..Found::default()
+        ..found
     };
     for (event, at) in [
         ("on_shutdown", "/on_poweroff"),
@@ -383,7 +396,36 @@ mod tests {
         assert_eq!(found.carried, carried);
         assert_eq!(found.settings, ["on_shutdown Shutdown Pause"]);
         let other = "((time x)(word_size 64)(vm_str(<methodResponse>))(xs_subtree()))";
-        assert_eq!(read_xapi(other), Ok(Found::default()));
+        let found = read_xapi(other).expect("it is well-formed");
+        assert_eq!((&found.name, &found.uuid), (&None, &None));
+        assert_eq!(
+            found.problems,
+            Vec::<String>::new(),
+            "an s-expression of one list"
+        );
+        let json = r#"((vm_str "{\"id\": \"6f18a89f-849d-4334-8633-5976cbcde14c\"}"))"#;
+        let found = read_xapi(json).expect("it is well-formed");
+        assert_eq!(found.problems.len(), 1, "{found:?}");
+        // Cut off.
+        let cut = r#"((vm_str "((id 6f18a89f-849d-4334-8633-5976cbcde14c)(name web"))"#;
+        let error = read_xapi(cut).expect_err("it ends too early");
+        assert!(error.starts_with("has a vm_str that "), "{error}");
+    }
+
+    #[test]
+    fn a_number_that_no_domain_can_have_is_named() {
+        for record in [
+            r#"((vm_str "((memory_static_max 99999999999999999999)(vcpu_max 4294967297))"))"#,
+            r#"((vm_str "((memory_static_max 0)(vcpu_max 0))"))"#,
+        ] {
+            let found = read_xapi(record).expect("it is well-formed");
+            assert_eq!((found.vcpus, found.max_memory_kib), (None, None));
+            assert_eq!(found.problems.len(), 2, "{found:?}");
+        }
+        let xend = "(domain (memory 18446744073709551615) (maxmem 0) (vcpus -1))";
+        let found = read_xend(xend).expect("it is well-formed");
+        assert_eq!((found.vcpus, found.max_memory_kib), (None, None));
+        assert_eq!(found.problems.len(), 2, "{found:?}");
     }
 
     #[test]

@@ -293,8 +293,13 @@ fn closed(path: &[&str], words: &str, unit: &str, found: &mut Found, device: &mu
     match path {
         ["domain", "name"] => found.name = Some(words),
         ["domain", "uuid"] => found.uuid = Some(words),
-        ["domain", "vcpu"] => found.vcpus = words.parse().ok(),
-        ["domain", "memory"] => found.max_memory_kib = memory(&words, unit),
+        ["domain", "vcpu"] => found.vcpus = found.number("vcpu", Some(&words)),
+        ["domain", "memory"] => {
+            found.max_memory_kib = memory(&words, unit).filter(|kib| *kib > 0);
+            if found.max_memory_kib.is_none() {
+                found.not_taken("memory", &format!("{words} {unit}"));
+            }
+        }
         ["domain", "currentMemory"] if memory(&words, unit) != found.max_memory_kib => {
             found.setting(&["currentMemory", &words, unit]);
         }
@@ -337,6 +342,10 @@ fn memory(words: &str, unit: &str) -> Option<u64> {
         "G" | "GiB" => 1 << 30,
         "TB" => 1_000_000_000_000,
         "T" | "TiB" => 1 << 40,
+        "PB" => 1_000_000_000_000_000,
+        "P" | "PiB" => 1 << 50,
+        "EB" => 1_000_000_000_000_000_000,
+        "E" | "EiB" => 1 << 60,
         _ => 1 << 10,
     };
     Some(number.checked_mul(bytes)?.div_ceil(1024))

@@ -429,3 +429,36 @@ fn a_path_with_a_slash_at_its_end_is_no_file() {
     }
     assert_eq!(names(dir.path()), ["a", "link"]);
 }
+
+/// A directory like `/sys/dev/block`: a loop device, a partition of it, and a disk.
+#[test]
+fn a_loop_device_is_the_file_that_it_keeps_its_data_in() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (devices, image) = (dir.path().join("dev"), dir.path().join("image"));
+    fs::write(&image, b"image").expect("a file");
+    let loop0 = dir.path().join("loop0");
+    fs::create_dir_all(loop0.join("loop")).expect("a directory");
+    fs::create_dir_all(loop0.join("loop0p1")).expect("a directory");
+    fs::create_dir_all(&devices).expect("a directory");
+    fs::write(loop0.join("loop0p1/partition"), b"1\n").expect("a file");
+    let named = format!("{}\n", image.display());
+    fs::write(loop0.join("loop/backing_file"), named).expect("a file");
+    let link = |to: &Path, name: &str| {
+        std::os::unix::fs::symlink(to, devices.join(name)).expect("a link");
+    };
+    link(&loop0, "7:0");
+    link(&loop0.join("loop0p1"), "259:1");
+    fs::create_dir_all(devices.join("8:0")).expect("a directory");
+    let inode = fs::metadata(&image).expect("the file").ino();
+    let behind = |major, minor| {
+        let device = nix::sys::stat::makedev(major, minor);
+        behind_loop(&devices, device).map(|file| file.ino())
+    };
+    assert_eq!(behind(7, 0), Some(inode));
+    assert_eq!(behind(259, 1), Some(inode));
+    assert_eq!(behind(8, 0), None);
+    assert_eq!(behind(8, 1), None);
+    // Its file has been removed.
+    fs::remove_file(&image).expect("removed");
+    assert_eq!(behind(7, 0), None);
+}

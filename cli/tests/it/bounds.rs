@@ -7,7 +7,7 @@
 //! memory that each command needs. `XSR_BOUNDS=all` runs every command on every image, even where
 //! one of its kind would do.
 
-mod inputs;
+pub(crate) mod inputs;
 mod wrapped;
 
 use std::fs;

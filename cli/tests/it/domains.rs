@@ -7,11 +7,14 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::common::migration::Hosts;
 use crate::common::{
     arg, backend, create, host_with, image, layers, ran, real_images, run, scratch, state, xsr,
 };
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
+use xsr_format::frame::Gfn;
+use xsr_xen_backend::Host as _;
 use xsr_xen_backend::domain_store::DomainStore;
 use xsr_xen_backend::mock::MockHost;
 
@@ -549,4 +552,21 @@ fn the_demo_works_and_leaves_nothing() {
     let place = place.unwrap().trim_end_matches(';');
     assert!(!Path::new(place).exists(), "{place} is still there");
     assert_eq!(files(dir.path()), Vec::<String>::new());
+}
+
+/// The guest decides how long its image is.
+#[test]
+fn a_pfn_far_beyond_a_guests_memory_is_named() {
+    let hosts = Hosts::with("pvh", &[]);
+    let (here, file) = (backend(&hosts.here), hosts.path("web.save"));
+    let line = ["save", "-c", "--force", &here, "web", arg(&file)];
+    let ran = run(line).code(0);
+    assert!(!ran.stderr.contains("WARN"), "{ran:?}");
+    let mock = MockHost::open(&hosts.here).unwrap();
+    let domain = mock.domain(mock.find("web").unwrap()).unwrap();
+    assert_eq!(domain.populate(0, &mut [Gfn(1 << 22)]).unwrap(), 1);
+    drop((domain, mock));
+    run(line)
+        .code(0)
+        .stderr_has("but pfns up to 0x400000: the image has 32 MiB");
 }

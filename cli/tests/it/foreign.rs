@@ -6,6 +6,7 @@
 
 mod files;
 mod suspend;
+mod verdicts;
 pub(crate) mod xva;
 
 use std::fs;
@@ -45,7 +46,16 @@ fn tool(name: &str, options: &[&str], to: &Path) -> Option<()> {
 /// A layer of a real Xen's image, in a file.
 fn layer(dir: &TempDir, name: &str, layer: &str) -> PathBuf {
     let to = dir.path().join(format!("{name}.{layer}"));
-    run(["cat", "--layer", layer, arg(&image(name)), "-o", arg(&to)]).code(0);
+    run([
+        "cat",
+        "--force",
+        "--layer",
+        layer,
+        arg(&image(name)),
+        "-o",
+        arg(&to),
+    ])
+    .code(0);
     to
 }
 

@@ -380,11 +380,12 @@ fn a_receiver_runs_what_the_sender_has_let_go_of() {
     hear(&mut peer, READY);
     peer.write_all(GO).unwrap();
     drop(peer);
-    let received = receiver.end();
+    // A receiver that is called failed would be tried again.
+    let received = receiver.end().code(0);
     assert_eq!(hosts.domains()[1], ["web running"], "{received:?}");
     // The report may have been sent before the connection broke.
-    if received.code != 0 {
-        received.code(1).stderr_has("web--migratedaway");
+    if received.stderr.contains("could not be told") {
+        received.stderr_has("destroy what it has left, web--migratedaway");
     }
 }
 

@@ -225,7 +225,13 @@ fn the_name_of_xens_script_takes_its_arguments() {
     let legacy = at("g.legacy");
     if generate(
         &legacy,
-        &["--kind", "hvm", "--toolstack", "--xl", "name = 'x'"],
+        &[
+            "--kind",
+            "hvm",
+            "--toolstack",
+            "--xl",
+            "name = 'x'\nbuilder = 'hvm'",
+        ],
     )
     .is_none()
     {

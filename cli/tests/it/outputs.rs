@@ -484,3 +484,21 @@ fn another_users_fifo_gets_no_memory() {
     reader.read_exact(&mut byte).unwrap();
     assert_eq!(&byte, b"!");
 }
+
+/// A wrapped image is unpacked into a temporary file by commands that read it twice: if that cannot
+/// be written, the image is not to blame.
+#[test]
+fn a_temporary_file_that_cannot_be_written_is_named() {
+    let dir = scratch();
+    let packed = dir.path().join("tpv.save.gz");
+    crate::bounds::inputs::gzip(&image("tpv"), &packed);
+    for line in ["export tpv.save.gz core", "diff tpv.save.gz tpv.save.gz"] {
+        // In units of 1024 bytes.
+        let ran = sh(dir.path(), &format!("ulimit -f 200; TMPDIR=$PWD $X {line}"));
+        let place = format!("writing a temporary file in {}", dir.path().display());
+        let ran = ran.code(1).stderr_has(&place).stderr_has("File too large");
+        let ran = ran.stderr_has("tpv.save.gz (TMPDIR names another directory)");
+        assert!(!ran.stderr.contains("reading failed"), "{ran:?}");
+        assert_eq!(names(dir.path()), ["tpv.save.gz"]);
+    }
+}

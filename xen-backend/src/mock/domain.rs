@@ -34,7 +34,15 @@ pub(super) struct MockDomain {
 
 impl MockDomain {
     pub(super) fn fail(&self, op: &'static str, errno: Errno) -> BackendError {
-        BackendError::domain(op, self.dom.domid, errno)
+        let error = BackendError::domain(op, self.dom.domid, errno);
+        match errno {
+            // Of a machine in memory, only a lock can make it fail so.
+            Errno::ETIMEDOUT => error.explained(
+                "a lock of the mock host could not be taken: another process has it, which may be \
+                 stopped",
+            ),
+            _ => error,
+        }
     }
 
     fn alive(&self) -> Result<(), Errno> {
@@ -190,26 +198,24 @@ impl MockDomain {
         Ok(mfn)
     }
 
-    pub(super) fn populate_extent(&self, order: u8, gfn: &mut Gfn) -> bool {
+    /// Adds `2^order` pages from `gfn` on. `false`: there is no memory for them, or one of the pfns
+    /// has a page or is beyond the machine's limit.
+    pub(super) fn populate_extent(&self, order: u8, gfn: &mut Gfn) -> Result<bool, Errno> {
         let (machine, domid, first) = (&self.machine, self.dom.domid, gfn.0);
         let pages = 1_u64 << order;
         let translated = self.dom.kind.is_translated();
         let Some(end) = first.checked_add(pages) else {
-            return false;
+            return Ok(false);
         };
         if translated
             && (end > MAX_PFNS as u64
                 || (first..end).any(|pfn| self.dom.p2m_get(Gfn(pfn)).is_some()))
         {
-            return false;
+            return Ok(false);
         }
-        let mfn = match machine.allocate(order, domid) {
-            Ok(Some(mfn)) => mfn,
-            Ok(None) => return false,
-            Err(error) => {
-                storage_errno(&error);
-                return false;
-            }
+        let allocated = machine.allocate(order, domid);
+        let Some(mfn) = allocated.map_err(|error| storage_errno(&error))? else {
+            return Ok(false);
         };
         for (mfn, pfn) in (mfn.0..).map(Mfn).zip(first..end) {
             match translated {
@@ -225,7 +231,7 @@ impl MockDomain {
             *gfn = Gfn(mfn.0);
         }
         machine.count_pages(domid, pages, gfn.0 + pages - 1);
-        true
+        Ok(true)
     }
 }
 
@@ -235,7 +241,8 @@ pub(super) fn storage_errno(error: &MockError) -> Errno {
     errno_of(error)
 }
 
-fn errno_of(error: &MockError) -> Errno {
+/// The errno for a failure of the mock host's own files and locks.
+pub(super) fn errno_of(error: &MockError) -> Errno {
     match error {
         MockError::Busy { .. } => Errno::ETIMEDOUT,
         _ => Errno::EIO,
@@ -446,9 +453,10 @@ impl GuestMemory for MockDomain {
                 .saturating_sub(self.machine.tot_pages(record.domid));
             let extents = usize::try_from(room / pages).unwrap_or(usize::MAX);
             let mut done = 0;
-            let _allocator = self.machine.hold_allocator()?;
+            let held = self.machine.hold_allocator();
+            let _held = held.map_err(|error| storage_errno(&error))?;
             for gfn in frames.iter_mut().take(extents) {
-                if !self.populate_extent(order, gfn) {
+                if !self.populate_extent(order, gfn)? {
                     break;
                 }
                 done += 1;
@@ -459,7 +467,8 @@ impl GuestMemory for MockDomain {
 
     fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError> {
         self.look("decrease_reservation", |_| {
-            let _allocator = self.machine.hold_allocator()?;
+            let held = self.machine.hold_allocator();
+            let _held = held.map_err(|error| storage_errno(&error))?;
             for (done, gfn) in gfns.iter().enumerate() {
                 let Some((mfn, _)) = self.resolve(*gfn) else {
                     return Ok(done);

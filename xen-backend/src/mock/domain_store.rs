@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::Errno;
 
-use super::domain::{MockDomain, storage_errno};
+use super::domain::{MockDomain, errno_of, storage_errno};
 use super::error::MockError;
 use super::sharing::Range;
 use super::state::{Dom, State};
@@ -100,7 +100,7 @@ impl MockDomain {
 
 /// The error if the list of domains cannot be read.
 fn all(error: &MockError) -> BackendError {
-    BackendError::host("getdomaininfolist", Errno::EIO).explained(error.to_string())
+    BackendError::host("getdomaininfolist", errno_of(error)).explained(error.to_string())
 }
 
 fn gone(domain: DomainRef) -> impl Fn(BackendError) -> DomainStoreError {
@@ -222,12 +222,23 @@ impl DomainStore for MockHost {
     fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError> {
         let mock = self.named(domain)?;
         let doing = "removing the user data";
-        mock.change("forget", |state| {
+        let mut aside = None;
+        let forgotten = mock.change("forget", |state| {
             state.record.name.clear();
-            let removed = self.machine.store.forget_userdata(domain.domid);
-            removed.map_err(|error| storage_errno(&error))
-        })
-        .map_err(|error| failed(doing, domain)(error.into()))
+            let set = self.machine.store.set_aside_userdata(domain.domid);
+            aside = Some(set.map_err(|error| storage_errno(&error))?);
+            Ok(())
+        });
+        // The domain keeps either both its name and its user data, or neither.
+        let settled = match (&forgotten, aside) {
+            (_, None) => Ok(()),
+            (Ok(()), Some(aside)) => aside.remove(),
+            (Err(_), Some(aside)) => self.machine.store.put_back_userdata(domain.domid, aside),
+        };
+        if let Err(error) = settled {
+            tracing::warn!(%error, domid = domain.domid.0, "user data of a domain");
+        }
+        forgotten.map_err(|error| failed(doing, domain)(error.into()))
     }
 
     fn destroy(&self, domain: DomainRef, _: Duration) -> Result<Destroyed, DomainStoreError> {

@@ -28,10 +28,11 @@ pub enum MockError {
         /// The host's directory.
         path: PathBuf,
     },
-    /// Another process has held a lock of the host for long.
+    /// A lock of the host could not be taken in time. Its holder may itself wait for another
+    /// process, which holds another lock.
     #[error(
-        "mock host {} is busy: another process has held the lock of {what} for {} s; if it is \
-         stopped, continue or end it",
+        "mock host {} is busy: the lock of {what} could not be taken within {} s; if one of the \
+         processes that work on this host is stopped, continue or end it",
         path.display(), waited.as_secs_f64()
     )]
     Busy {

@@ -21,7 +21,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc::off_t;
 use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
 
-use self::allocation::{Allocation, recount};
+use self::allocation::{Allocation, AllocatorHeld, recount};
 use super::HostConfig;
 use super::allocator::{Allocator, BLOCK_FRAMES, BLOCK_LEN};
 use super::domain::storage_errno;
@@ -78,7 +78,7 @@ pub(super) struct Machine {
 
 fn words(store: &Store, name: &str, len: usize) -> Result<Words, MockError> {
     let file = store.file(name)?;
-    Words::map(&file, len).map_err(MockError::io("map", name))
+    Words::map(&file, len).map_err(MockError::io("map", store.path_of(name)))
 }
 
 fn frame_count(config: &HostConfig) -> Result<usize, MockError> {
@@ -107,7 +107,7 @@ impl Machine {
         for at in (0..bytes).step_by(ones.len()) {
             let len = ones.len().min(bytes - at);
             m2p.write_all_at(&ones[..len], at as u64)
-                .map_err(MockError::io("write", "m2p"))?;
+                .map_err(MockError::io("write", store.path_of("m2p")))?;
         }
         let blocks = words(&store, "blocks", frames / BLOCK_LEN)?;
         // The first block belongs to Xen.
@@ -138,12 +138,13 @@ impl Machine {
         let memory = store.file("memory")?;
         memory
             .set_len((frames * PAGE_SIZE) as u64)
-            .map_err(MockError::io("size", "memory"))?;
+            .map_err(MockError::io("size", store.path_of("memory")))?;
         let memory_words = Words::map(&memory, frames * ENTRIES_PER_TABLE)
-            .map_err(MockError::io("map", "memory"))?;
+            .map_err(MockError::io("map", store.path_of("memory")))?;
         let table = Frames::new(words(&store, "frames", frames)?);
         let m2p_file = store.file("m2p")?;
-        let m2p = Words::map(&m2p_file, frames).map_err(MockError::io("map", "m2p"))?;
+        let path = store.path_of("m2p");
+        let m2p = Words::map(&m2p_file, frames).map_err(MockError::io("map", path))?;
         let mark = words(&store, "open", 1)?;
         let taken = words(&store, "blocks", frames / BLOCK_LEN)?;
         let counters = words(&store, "counters", COUNTERS * (usize::from(u16::MAX) + 1))?;
@@ -286,9 +287,12 @@ impl Machine {
         let Some(shared_info) = self.lend_page(domid)? else {
             return Ok(None);
         };
-        let Some(grant_table) = self.lend_page(domid)? else {
-            self.allocator()?.give_back(&self.frames, shared_info);
-            return Ok(None);
+        let grant_table = match self.lend_page(domid) {
+            Ok(Some(grant_table)) => grant_table,
+            failed => {
+                self.take_back_unused(&[shared_info]);
+                return failed.map(|_| None);
+            }
         };
         let lent = [shared_info, grant_table];
         *next = 1 + domid.0 % (DOMID_FIRST_RESERVED - 1);
@@ -299,10 +303,7 @@ impl Machine {
         let p2m = match saved {
             Ok(p2m) => p2m,
             Err(e) => {
-                let mut allocator = self.allocator()?;
-                for mfn in lent {
-                    allocator.give_back(&self.frames, mfn);
-                }
+                self.take_back_unused(&lent);
                 return Err(e);
             }
         };
@@ -341,8 +342,23 @@ impl Machine {
         Ok(p2m)
     }
 
-    /// Remove a domain from the machine and free its frames. If its record cannot be removed, the
-    /// domain stays unchanged.
+    /// Take back the pages of a domain that was not added. The error that kept it from being added
+    /// is the one that counts.
+    fn take_back_unused(&self, lent: &[Mfn]) {
+        match self.allocator() {
+            Ok(mut allocator) => {
+                for mfn in lent {
+                    allocator.give_back(&self.frames, *mfn);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "pages of the mock host are lost until it is put in order");
+            }
+        }
+    }
+
+    /// Remove a domain from the machine and free its frames. If this fails, the domain stays
+    /// unchanged.
     pub(super) fn remove_domain(&self, dom: &Dom) -> Result<(), MockError> {
         // Waits for operations on the domain that are in progress.
         let state = dom.lock()?;
@@ -351,22 +367,27 @@ impl Machine {
         }
         dom.changes();
         let frozen = dom.freeze()?;
-        self.take_off_list(dom)?;
-        self.free_all(dom.domid)?;
+        let allocator = self.take_off_list(dom)?;
+        let freed = self.free_all(dom.domid);
+        drop(allocator);
         drop(frozen);
         drop(state);
-        if let Err(error) = self.store.clear_forgotten(dom.domid) {
-            // The domain is gone all the same; the next process that opens the host removes the
-            // directory.
-            tracing::warn!(%error, domid = dom.domid.0, "a domain's directory is left");
+        // While the directory is there, the next process that opens the host alone frees what is
+        // left of the memory.
+        let cleared = freed.and_then(|()| self.store.clear_forgotten(dom.domid));
+        if let Err(error) = cleared {
+            // The domain is gone all the same.
+            tracing::warn!(%error, domid = dom.domid.0, "remains of a domain are left");
         }
         Ok(())
     }
 
-    /// Removes a domain from the list. Must be called with its state locked.
-    fn take_off_list(&self, dom: &Dom) -> Result<(), MockError> {
+    /// Removes a domain from the list. Must be called with its state locked. Returns the lock that
+    /// is needed to free its memory, because nothing may fail once the domain is gone.
+    fn take_off_list(&self, dom: &Dom) -> Result<AllocatorHeld<'_>, MockError> {
         let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
         let _held = self.store.locks.hold(Range::Domains)?;
+        let allocator = self.hold_allocator()?;
         // Not noted in `domains_seen`: other processes may have changed the list before.
         self.store.changed(Changes::Domains);
         self.store.forget_domain(dom.domid)?;
@@ -377,7 +398,7 @@ impl Machine {
         {
             domains.remove(&dom.domid);
         }
-        Ok(())
+        Ok(allocator)
     }
 
     fn free_all(&self, domid: DomId) -> Result<(), MockError> {
@@ -392,8 +413,9 @@ impl Machine {
             self.set_m2p(*mfn, INVALID_M2P);
         }
         for run in owned.chunk_by(|a, b| a.0 + 1 == b.0) {
-            punch(&self.memory, run[0], run.len())
-                .map_err(|errno| MockError::io("free", "memory")(errno.into()))?;
+            punch(&self.memory, run[0], run.len()).map_err(|errno| {
+                MockError::io("free", self.store.path_of("memory"))(errno.into())
+            })?;
         }
         for mfn in owned {
             allocator.give_back(&self.frames, mfn);

@@ -37,6 +37,11 @@ pub(super) fn is_new(name: &str) -> bool {
         .is_some_and(|ending| ending == NEW)
 }
 
+/// The name of a file while it is not complete.
+pub(super) fn new_name(name: &str) -> String {
+    format!("{name}.{NEW}")
+}
+
 /// The mode in which a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum How {
@@ -239,7 +244,7 @@ impl Place {
         name: &str,
         write: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
     ) -> Result<(), MockError> {
-        let temporary = format!("{name}.{NEW}");
+        let temporary = new_name(name);
         let path = self.path.join(&temporary);
         let file = self.file(&temporary, How::Write)?;
         let mut file = BufWriter::new(file);
@@ -286,10 +291,11 @@ impl Place {
         }
     }
 
-    /// Remove a directory in it with its contents, if it exists.
+    /// Remove a file, or a directory with its contents, in it, if it exists.
     pub(super) fn remove_all(&self, name: &str) -> Result<(), MockError> {
         match fs::remove_dir_all(self.by_descriptor().join(name)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotADirectory => self.remove(name),
             result => result.map_err(MockError::io("remove", self.path.join(name))),
         }
     }

@@ -63,7 +63,7 @@ impl MockDomain {
     pub(super) fn increase_reservation(&self, state: &State, pfn: u64) -> Result<Mfn, Errno> {
         let mut gfn = Gfn(pfn);
         if self.machine.tot_pages(self.dom.domid) >= state.record.max_pages
-            || !self.populate_extent(0, &mut gfn)
+            || !self.populate_extent(0, &mut gfn)?
         {
             return Err(Errno::ENOMEM);
         }

@@ -346,7 +346,7 @@ mod tests {
             let held = stopped.hold(range).expect("a lock");
             let error = other.hold(range).expect_err("it is held").to_string();
             assert!(error.contains(what), "{error}");
-            assert!(error.contains("if it is stopped"), "{error}");
+            assert!(error.contains("is stopped, continue or end it"), "{error}");
             drop(held);
             drop(other.hold(range).expect("it is free"));
         }
@@ -392,11 +392,163 @@ mod tests {
         assert_eq!(error.errno, Errno::ETIMEDOUT);
         let words = error.to_string();
         assert!(
-            words.contains("has held the lock of the state of"),
+            words.contains("the lock of the state of domain 1 could not be taken"),
             "{words}"
         );
         drop(state);
         other.rename(domid, "other").expect("it goes on");
+    }
+
+    /// The lock of the allocator is taken before anything is changed.
+    #[test]
+    fn a_domain_whose_memory_cannot_be_freed_is_not_destroyed() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ([stopped, other], domid) = two(dir.path());
+        let domain = other.domain(domid).expect("the guest");
+        let held = stopped.machine.hold_allocator().expect("the allocator");
+        let error = domain.destroy().expect_err("it is held");
+        assert_eq!(error.errno, Errno::ETIMEDOUT);
+        let words = error.to_string();
+        assert!(words.contains("the allocator of memory"), "{words}");
+        for host in [&stopped, &other] {
+            assert_eq!(host.find("web").expect("it is there"), domid);
+        }
+        domain.info().expect("it runs");
+        drop(held);
+        let before = other.free_pages();
+        domain.destroy().expect("it is free");
+        assert!(other.free_pages() > before);
+        stopped.find("web").expect_err("it is gone");
+    }
+
+    /// A lock that is not free is told from a machine that is full.
+    #[test]
+    fn a_lock_of_the_allocator_is_not_called_a_lack_of_memory() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ([stopped, other], _) = two(dir.path());
+        let new = NewDomain::new(GuestKind::Pvh, 1, 100);
+        let domid = other.create(&new).expect("a domain");
+        let domain = other.domain(domid).expect("it");
+        let mut frames = [Gfn(0), Gfn(1)];
+        assert_eq!(domain.populate(0, &mut frames).expect("memory"), 2);
+        let held = stopped.machine.hold_allocator().expect("the allocator");
+        let before = other.free_pages();
+        let mut more = [Gfn(7)];
+        let populated = domain.populate(0, &mut more).map(drop);
+        let released = domain.release(&frames).map(drop);
+        for error in [
+            populated.expect_err("it is held"),
+            released.expect_err("it is held"),
+            other.create(&new).map(drop).expect_err("it is held"),
+        ] {
+            assert_eq!(error.errno, Errno::ETIMEDOUT, "{error}");
+            let words = error.to_string();
+            assert!(words.contains("could not be taken"), "{words}");
+        }
+        assert_eq!(other.free_pages(), before);
+        drop(held);
+        assert_eq!(domain.release(&frames).expect("free"), 2);
+        other.create(&new).expect("room");
+    }
+
+    #[test]
+    fn a_domain_is_found_whatever_others_are_doing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ([stopped, other], web) = two(dir.path());
+        let mail = other.create_guest(&GuestSpec::new("mail", GuestKind::Pvh, 4));
+        let mail = mail.expect("a guest");
+        let held = stopped.mock_domain(web).expect("the guest");
+        let held = held.dom.lock().expect("its state");
+        assert_eq!(other.find(&mail.0.to_string()).expect("there"), mail);
+        assert_eq!(other.find("mail").expect("there"), mail);
+        // Not "no such domain": the other may have that name.
+        let error = other.find("database").expect_err("it is held");
+        assert!(matches!(error, MockError::Busy { .. }), "{error}");
+        drop(held);
+        let error = other.find("77").expect_err("no such number");
+        assert!(matches!(error, MockError::NoSuchDomain { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_domain_that_cannot_be_forgotten_keeps_its_name_and_its_user_data() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ([one, other], domid) = two(dir.path());
+        let which = DomainRef::from(&one.domain(domid).expect("it").info().expect("it"));
+        for key in ["a", "b", "c"] {
+            one.userdata_store(domid, key, key.as_bytes())
+                .expect("kept");
+        }
+        let domain = dir.path().join(format!("domains/{}", domid.0));
+        // A directory with that name cannot be replaced by a file.
+        for in_the_way in ["blobs/userdata-b.new", "state.json.new"] {
+            let path = domain.join(in_the_way);
+            fs::create_dir(&path).expect("a directory");
+            one.forget(which).expect_err("it is in the way");
+            for host in [&one, &other] {
+                assert_eq!(host.find("web").expect("its name"), domid, "{in_the_way}");
+                for key in ["a", "b", "c"] {
+                    let kept = host.userdata_get(domid, key).expect("it can be read");
+                    let kept = kept.expect("it is there");
+                    assert_eq!(kept, key.as_bytes(), "{in_the_way}");
+                }
+            }
+            fs::remove_dir(&path).expect("removed");
+        }
+        one.forget(which).expect("forgotten");
+        other.find("web").expect_err("no name");
+        assert_eq!(other.userdata_get(domid, "b").expect("read"), None);
+        let left = fs::read_dir(domain.join("blobs")).expect("the blobs");
+        let left = left.map(|entry| entry.expect("an entry").file_name());
+        let left: Vec<_> = left
+            .map(|name| name.into_string().expect("UTF-8"))
+            .collect();
+        assert!(
+            !left.iter().any(|name| name.starts_with("userdata-")),
+            "{left:?}"
+        );
+    }
+
+    #[test]
+    fn user_data_that_cannot_be_written_leaves_the_earlier_and_no_partial_file() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ([one, other], domid) = two(dir.path());
+        one.userdata_store(domid, "key", b"earlier").expect("kept");
+        let blobs = dir.path().join(format!("domains/{}/blobs", domid.0));
+        let partial = blobs.join("userdata-key.new");
+        let mut written = false;
+        let error = one.keep_userdata(domid, "key", &mut |file| {
+            file.write_all(&[7; 1 << 20])?;
+            written = partial.exists();
+            Err(io::Error::other("the source has failed"))
+        });
+        let error = error.expect_err("it has failed").to_string();
+        assert!(written, "under another name");
+        assert!(error.contains("EIO"), "{error}");
+        assert!(!partial.exists());
+        let kept = other.userdata_get(domid, "key").expect("read");
+        assert_eq!(kept.as_deref(), Some(&b"earlier"[..]));
+        // That of a process that was killed is removed by the next that opens the host alone.
+        fs::write(&partial, b"half").expect("a partial file");
+        drop((one, other));
+        let again = MockHost::open(dir.path()).expect("the host");
+        assert!(!partial.exists());
+        let kept = again.userdata_get(domid, "key").expect("read");
+        assert_eq!(kept.as_deref(), Some(&b"earlier"[..]));
+    }
+
+    #[test]
+    fn a_host_that_cannot_be_made_leaves_the_directory_empty() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let none = HostConfig {
+            memory_pages: 1,
+            ..HostConfig::default()
+        };
+        MockHost::create(dir.path(), &none).expect_err("it is too small");
+        let left = fs::read_dir(dir.path()).expect("the directory");
+        assert_eq!(left.count(), 0);
+        MockHost::create(dir.path(), &small()).expect("a host");
+        MockHost::create(dir.path(), &none).expect_err("there is one");
+        MockHost::open(dir.path()).expect("it is untouched");
     }
 
     #[test]

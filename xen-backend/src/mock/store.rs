@@ -37,7 +37,7 @@ use serde::{Deserialize, Serialize};
 use super::HostConfig;
 use super::error::MockError;
 use super::memory::Words;
-use super::place::{How, Place, is_new};
+use super::place::{How, Place, is_new, new_name};
 use super::sharing::{CHANGES, COUNTERS, Changes, Locks};
 use super::state::Record;
 use crate::DomId;
@@ -147,6 +147,13 @@ impl Store {
     /// The directory, if there is one.
     pub(super) fn path(&self) -> Option<&Path> {
         self.place().map(Place::path)
+    }
+
+    /// The path of a file in it, for messages.
+    pub(super) fn path_of(&self, name: &str) -> PathBuf {
+        self.path()
+            .map_or_else(PathBuf::new, Path::to_owned)
+            .join(name)
     }
 
     fn place(&self) -> Option<&Place> {
@@ -302,21 +309,35 @@ impl Store {
         Ok(())
     }
 
-    /// Removes all user data of a domain.
-    pub(super) fn forget_userdata(&self, domid: DomId) -> Result<(), MockError> {
-        match self.blobs(domid)? {
-            Some(blobs) => {
-                for name in blobs.names()? {
-                    if name.starts_with(USERDATA) {
-                        blobs.remove(&name)?;
-                    }
-                }
-            }
-            None => {
-                self.userdata().remove(&domid);
+    /// Makes a domain have no user data, in a way that can be undone. After a failure it has all of
+    /// it.
+    pub(super) fn set_aside_userdata(&self, domid: DomId) -> Result<SetAside, MockError> {
+        let Some(blobs) = self.blobs(domid)? else {
+            let kept = self.userdata().remove(&domid).unwrap_or_default();
+            return Ok(SetAside::Memory(kept));
+        };
+        let mut names = blobs.names()?;
+        names.retain(|name| name.starts_with(USERDATA) && !is_new(name));
+        names.sort();
+        for (done, name) in names.iter().enumerate() {
+            if let Err(error) = blobs.rename(name, &new_name(name)) {
+                names.truncate(done);
+                put_back(&blobs, &names)?;
+                return Err(error);
             }
         }
-        Ok(())
+        Ok(SetAside::Files(blobs, names))
+    }
+
+    /// Undoes [`Store::set_aside_userdata`].
+    pub(super) fn put_back_userdata(&self, domid: DomId, aside: SetAside) -> Result<(), MockError> {
+        match aside {
+            SetAside::Files(blobs, names) => put_back(&blobs, &names),
+            SetAside::Memory(kept) => {
+                self.userdata().insert(domid, kept);
+                Ok(())
+            }
+        }
     }
 
     /// The keys of a domain's user data, with the number of bytes of each.
@@ -399,6 +420,34 @@ impl Store {
         };
         Ok(holder.and_then(|text| LockHolder::decode(&text)))
     }
+}
+
+/// The user data that a domain had.
+#[derive(Debug)]
+pub(super) enum SetAside {
+    /// The directory, and the names of the files: they now have those of files that are not
+    /// complete, which are never read.
+    Files(Place, Vec<String>),
+    /// That of a host in memory.
+    Memory(BTreeMap<String, Vec<u8>>),
+}
+
+impl SetAside {
+    /// Removes it.
+    pub(super) fn remove(self) -> Result<(), MockError> {
+        match self {
+            Self::Files(blobs, names) => names
+                .iter()
+                .try_for_each(|name| blobs.remove(&new_name(name))),
+            Self::Memory(_) => Ok(()),
+        }
+    }
+}
+
+/// Gives all files their names again; the first error counts.
+fn put_back(blobs: &Place, names: &[String]) -> Result<(), MockError> {
+    let back = names.iter().map(|name| blobs.rename(&new_name(name), name));
+    back.fold(Ok(()), |first, next| first.and(next))
 }
 
 /// A large file, created if it does not exist.

@@ -9,7 +9,7 @@ use xsr_format::frame::{Gfn, PageType};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::calls::Calls;
-use super::{XenDomain, sys};
+use super::{MemoryNode, XenDomain, sys};
 use crate::error::BackendError;
 use crate::pages::{Access, ForeignPages};
 use crate::privcmd::FrameMapping;
@@ -86,6 +86,9 @@ impl XenDomain {
             ask.nr_extents = extents.len() as u64;
             ask.extent_order = order.into();
             ask.domid = self.domid.0;
+            if op == sys::XENMEM_populate_physmap {
+                ask.mem_flags = self.memory.map_or(0, MemoryNode::flags);
+            }
             let number = sys::__HYPERVISOR_memory_op;
             let named = &mut [&mut buffer];
             let (count, _) = self.calls().with_struct_naming(number, op, &ask, named)?;

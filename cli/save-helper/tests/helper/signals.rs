@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt as _;
 use std::thread;
 use std::time::Duration;
 
@@ -16,18 +17,22 @@ fn at_phase(
     helper: Pid,
     phase: &'static str,
     signals: [Signal; 2],
-    gap: Duration,
+    (gap, group): (Duration, bool),
 ) -> thread::JoinHandle<bool> {
+    let send = move |signal| match group {
+        true => signal::killpg(helper, signal),
+        false => signal::kill(helper, signal),
+    };
     thread::spawn(move || {
         let (mut socket, _) = listener.accept().unwrap();
         let lines = BufReader::new(socket.try_clone().unwrap()).lines();
         let mut sent = false;
         for line in lines.map_while(Result::ok) {
             if line.starts_with(phase) && !std::mem::replace(&mut sent, true) {
-                signal::kill(helper, signals[0]).unwrap();
+                send(signals[0]).unwrap();
                 thread::sleep(gap);
                 // The helper may have ended.
-                signal::kill(helper, signals[1]).unwrap_or_default();
+                send(signals[1]).unwrap_or_default();
                 until_heard(helper);
             }
             if socket.write_all(b"\n").is_err() {
@@ -75,17 +80,21 @@ fn two_signals_at_any_phase_of_a_save_break_it_off_in_good_order() {
         (0, "map"),
         (0, "suspended"),
     ] {
-        for milliseconds in [0, 10, 50] {
+        // The last as when a terminal is closed, which is late at times.
+        for (milliseconds, group) in [(0, false), (10, true), (50, false), (900, true)] {
             n += 1;
-            let signals = pairs.next().unwrap();
+            let signals = match milliseconds {
+                900 => [Signal::SIGHUP; 2],
+                _ => pairs.next().unwrap(),
+            };
             let at = format!("live {live}, {phase}, {signals:?} {milliseconds} ms apart");
             let stream = File::create(dir.path().join("s")).unwrap();
             let mut command = command(&path, &save_args(domid, live), stream, "");
             let listener = phases(&mut command, dir.path(), n);
-            let child = command.spawn().unwrap();
+            let child = command.process_group(0).spawn().unwrap();
             let pid = Pid::from_raw(child.id().cast_signed());
-            let gap = Duration::from_millis(milliseconds);
-            let asking = at_phase(listener, pid, phase, signals, gap);
+            let how = (Duration::from_millis(milliseconds), group);
+            let asking = at_phase(listener, pid, phase, signals, how);
             let run = play(child, fine);
             assert!(asking.join().unwrap(), "{at}");
             assert_eq!(run.completed(), (-1, Errno::ECANCELED), "{at}: {run:?}");
@@ -163,7 +172,7 @@ fn a_save_leaves_ignored_signals_ignored() {
     let child = command.spawn().unwrap();
     let pid = Pid::from_raw(child.id().cast_signed());
     let signals = [Signal::SIGHUP, Signal::SIGINT];
-    let asking = at_phase(listener, pid, "suspended", signals, Duration::ZERO);
+    let asking = at_phase(listener, pid, "suspended", signals, (Duration::ZERO, false));
     let run = play(child, fine);
     assert!(asking.join().unwrap());
     assert_eq!(run.completed(), (0, Errno::from_raw(0)), "{run:?}");
@@ -191,7 +200,7 @@ fn sigterm_is_heard_though_it_was_ignored() {
         .spawn()
         .unwrap();
     let pid = Pid::from_raw(child.id().cast_signed());
-    let asking = at_phase(listener, pid, "suspended", signals, Duration::ZERO);
+    let asking = at_phase(listener, pid, "suspended", signals, (Duration::ZERO, false));
     assert_eq!(play(child, fine).completed(), (-1, Errno::ECANCELED));
     assert!(asking.join().unwrap());
     // And a restore ends.
@@ -213,7 +222,7 @@ fn sigterm_is_heard_though_it_was_ignored() {
         .spawn()
         .unwrap();
     let pid = Pid::from_raw(child.id().cast_signed());
-    let asking = at_phase(listener, pid, "populate", signals, Duration::ZERO);
+    let asking = at_phase(listener, pid, "populate", signals, (Duration::ZERO, false));
     let run = play(child, fine);
     assert!(asking.join().unwrap());
     assert_eq!(run.code, Some(255), "{run:?}");

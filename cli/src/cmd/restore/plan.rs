@@ -114,13 +114,15 @@ fn given(path: &Path) -> Result<Given> {
     let text = std::fs::read_to_string(path).with_context(|| name.to_string())?;
     let text = text.trim_end_matches('\0');
     if text.trim_start().starts_with('{') {
-        Config::parse(text).map_err(|e| Error::new(BadUsage(format!("{name}: {e}"))))?;
+        Config::parse(text)
+            .and_then(|config| verdict::check_uuid(config.uuid.as_deref()))
+            .map_err(|e| Error::new(BadUsage(format!("{name}: {e}"))))?;
         return Ok(Given::Json(text.to_owned()));
     }
     let origin = Origin::of_text(text);
     match &origin.error {
         Some(why) => {
-            let why = format!("{name}: neither libxl's JSON nor a configuration of xl: {why}");
+            let why = format!("{name}: neither libxl's JSON nor a configuration of xl: it {why}");
             Err(Error::new(BadUsage(why)))
         }
         None => Ok(Given::Text(origin)),
@@ -202,11 +204,8 @@ impl Known {
                      with --config"
                 }
             };
-            return Err(bad(&format!(
-                "{} could not be understood: it {why}; so the domain's name and UUID are unknown: \
-                 {advice}",
-                said.words()
-            )));
+            tracing::debug!(why, "no name and no UUID");
+            return Err(verdict::not_understood(said, advice).into());
         }
         let kind = overrides.kind.or(said.kind);
         let vcpus = overrides.vcpus.or(said.vcpus);
@@ -300,11 +299,14 @@ impl RestorePlan {
             return Self::from_json(json, overrides);
         }
         let origin = Origin::of_xl(header);
-        if let Some(Origin {
-            error: Some(why), ..
-        }) = &origin
+        if let (
+            Some(Origin {
+                error: Some(why), ..
+            }),
+            Some(_),
+        ) = (&origin, &overrides.name)
         {
-            tracing::warn!("the configuration in the xl header could not be understood: {why}");
+            tracing::warn!("the configuration in the xl header could not be understood: it {why}");
         }
         Self::made_up(input, origin.as_ref(), overrides, lenient, guest_type)
     }
@@ -321,6 +323,10 @@ impl RestorePlan {
             return Err(Error::new(BadUsage(why)));
         }
         let config = Config::parse(json)?;
+        let is_clone = (overrides.name.as_ref()).is_some_and(|name| *name != config.name);
+        if !is_clone {
+            verdict::check_uuid(config.uuid.as_deref())?;
+        }
         let mut plan = Self {
             json: json.to_owned(),
             max_pages: config.max_pages(),
@@ -360,27 +366,23 @@ impl RestorePlan {
             .as_mut()
             .map(|survey| survey as &mut dyn FnMut() -> Result<Survey>);
         let known = Known::find_out(overrides, origin, survey)?;
-        let most = config::most_vcpus(known.kind);
-        if known.vcpus > most {
-            let (vcpus, kind) = (known.vcpus, config::kind_name(known.kind));
+        if let Err(wrong) = verdict::check_vcpus(known.vcpus, known.kind) {
+            let (most, kind) = (
+                config::most_vcpus(known.kind),
+                config::kind_name(known.kind),
+            );
             return Err(match overrides.vcpus {
-                Some(_) => Error::new(BadUsage(format!(
+                Some(vcpus) => Error::new(BadUsage(format!(
                     "--vcpus {vcpus}: a {kind} guest has at most {most}"
                 ))),
-                None => bad(&format!(
-                    "the guest has {vcpus} vcpus, but a {kind} guest has at most {most}"
-                )),
+                None => wrong.into(),
             });
         }
         let is_pv = guest_type == GuestType::X86_PV;
         if is_pv != (known.kind == GuestKind::Pv) {
             let kind = config::kind_name(known.kind);
             return Err(match (overrides.kind, origin) {
-                (None, Some(origin)) => bad(&format!(
-                    "{} says that the guest is {kind}, but the image is of an {guest_type} guest; \
-                     --type overrides it",
-                    origin.words()
-                )),
+                (None, Some(origin)) => verdict::other_kind(origin, known.kind, guest_type).into(),
                 _ => Error::new(BadUsage(format!(
                     "--type {kind}: the image is of an {guest_type} guest"
                 ))),

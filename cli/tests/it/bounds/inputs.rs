@@ -11,49 +11,49 @@ use flate2::write::GzEncoder;
 /// Bytes of a page.
 const PAGE: u64 = 4096;
 /// A configuration like libxl's, without its closing brace.
-pub(super) fn config(kind: &str, vcpus: u32) -> String {
+pub(crate) fn config(kind: &str, vcpus: u32) -> String {
     format!(
         r#"{{"c_info":{{"type":"{kind}","name":"evil","uuid":"6f18a89f-849d-4334-8633-5976cbcde14c"}},"b_info":{{"max_vcpus":{vcpus},"max_memkb":8388608,"target_memkb":8388608}}"#
     )
 }
 
 /// Record types.
-pub(super) const PAGE_DATA: u32 = 1;
-pub(super) const OPTIONAL: u32 = 0x8000_1000;
+pub(crate) const PAGE_DATA: u32 = 1;
+pub(crate) const OPTIONAL: u32 = 0x8000_1000;
 const END: u32 = 0;
 const PV_INFO: u32 = 2;
-pub(super) const P2M_FRAMES: u32 = 3;
-pub(super) const VCPU_BASIC: u32 = 4;
-pub(super) const VCPU_EXTENDED: u32 = 5;
-pub(super) const VCPU_XSAVE: u32 = 6;
+pub(crate) const P2M_FRAMES: u32 = 3;
+pub(crate) const VCPU_BASIC: u32 = 4;
+pub(crate) const VCPU_EXTENDED: u32 = 5;
+pub(crate) const VCPU_XSAVE: u32 = 6;
 const SHARED_INFO: u32 = 7;
 const TSC_INFO: u32 = 8;
-pub(super) const HVM_CONTEXT: u32 = 9;
-pub(super) const HVM_PARAMS: u32 = 10;
-pub(super) const CHECKPOINT: u32 = 14;
+pub(crate) const HVM_CONTEXT: u32 = 9;
+pub(crate) const HVM_PARAMS: u32 = 10;
+pub(crate) const CHECKPOINT: u32 = 14;
 const STATIC_DATA_END: u32 = 16;
-pub(super) const CPUID_POLICY: u32 = 17;
-pub(super) const MSR_POLICY: u32 = 18;
+pub(crate) const CPUID_POLICY: u32 = 17;
+pub(crate) const MSR_POLICY: u32 = 18;
 /// Record types of libxl.
-pub(super) const LIBXC_CONTEXT: u32 = 1;
-pub(super) const XENSTORE_DATA: u32 = 2;
-pub(super) const EMULATOR_CONTEXT: u32 = 3;
-pub(super) const CHECKPOINT_END: u32 = 4;
+pub(crate) const LIBXC_CONTEXT: u32 = 1;
+pub(crate) const XENSTORE_DATA: u32 = 2;
+pub(crate) const EMULATOR_CONTEXT: u32 = 3;
+pub(crate) const CHECKPOINT_END: u32 = 4;
 
 /// Page types.
-pub(super) const NOTAB: u64 = 0;
-pub(super) const XALLOC: u64 = 0xe << 60;
-pub(super) const XTAB: u64 = 0xf << 60;
+pub(crate) const NOTAB: u64 = 0;
+pub(crate) const XALLOC: u64 = 0xe << 60;
+pub(crate) const XTAB: u64 = 0xf << 60;
 
 /// The kind of guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Guest {
+pub(crate) enum Guest {
     Pv,
     Hvm,
 }
 
 /// An image being built.
-pub(super) struct Image {
+pub(crate) struct Image {
     out: BufWriter<File>,
     guest: Guest,
     wrapped: bool,
@@ -65,7 +65,7 @@ pub(super) struct Image {
 
 impl Image {
     /// Write up to the first record of the libxc stream. `before` writes records of libxl.
-    pub(super) fn wrapped(
+    pub(crate) fn wrapped(
         path: &Path,
         guest: Guest,
         config: &[u8],
@@ -79,7 +79,7 @@ impl Image {
     }
 
     /// The same for an HVM guest. `policies` writes records of its static data.
-    pub(super) fn policies(path: &Path, config: &[u8], policies: impl FnOnce(&mut Self)) -> Self {
+    pub(crate) fn policies(path: &Path, config: &[u8], policies: impl FnOnce(&mut Self)) -> Self {
         let mut image = Self::with_header(path, Guest::Hvm, config);
         image.record(LIBXC_CONTEXT, &[]);
         image.headers(policies);
@@ -126,25 +126,25 @@ impl Image {
         self.record(STATIC_DATA_END, &[]);
     }
 
-    pub(super) fn put(&mut self, bytes: &[u8]) {
+    pub(crate) fn put(&mut self, bytes: &[u8]) {
         self.out.write_all(bytes).unwrap();
     }
 
-    pub(super) fn word(&mut self, word: u32) {
+    pub(crate) fn word(&mut self, word: u32) {
         self.put(&word.to_le_bytes());
     }
 
-    pub(super) fn long(&mut self, word: u64) {
+    pub(crate) fn long(&mut self, word: u64) {
         self.put(&word.to_le_bytes());
     }
 
     /// Zero bytes that take no space.
-    pub(super) fn hole(&mut self, bytes: u64) {
+    pub(crate) fn hole(&mut self, bytes: u64) {
         let bytes = i64::try_from(bytes).unwrap();
         self.out.seek(SeekFrom::Current(bytes)).unwrap();
     }
 
-    pub(super) fn record(&mut self, kind: u32, body: &[u8]) {
+    pub(crate) fn record(&mut self, kind: u32, body: &[u8]) {
         self.word(kind);
         self.word(body.len() as u32);
         self.put(body);
@@ -153,14 +153,14 @@ impl Image {
     }
 
     /// A record of this many zero bytes, a multiple of eight.
-    pub(super) fn zeros(&mut self, kind: u32, bytes: u32) {
+    pub(crate) fn zeros(&mut self, kind: u32, bytes: u32) {
         self.word(kind);
         self.word(bytes);
         self.hole(bytes.into());
     }
 
     /// PAGE_DATA with these entries, and zero pages.
-    pub(super) fn pages(&mut self, entries: &[u64]) {
+    pub(crate) fn pages(&mut self, entries: &[u64]) {
         let with_data = entries.iter().filter(|entry| **entry >> 60 < 0xd).count() as u64;
         self.word(PAGE_DATA);
         self.word((8 + 8 * entries.len() as u64 + PAGE * with_data) as u32);
@@ -172,7 +172,7 @@ impl Image {
     }
 
     /// X86_PV_P2M_FRAMES for the pfns up to `end`, with each leaf at the pfn that `leaf` returns.
-    pub(super) fn p2m(&mut self, end: u32, leaf: impl Fn(u64) -> u64) {
+    pub(crate) fn p2m(&mut self, end: u32, leaf: impl Fn(u64) -> u64) {
         let leaves = end / 512 + 1;
         self.word(P2M_FRAMES);
         self.word(8 + 8 * leaves);
@@ -184,7 +184,7 @@ impl Image {
     }
 
     /// An HVM context: header, this many times `record`, and END.
-    pub(super) fn context(&mut self, count: usize, record: impl Fn(usize) -> Vec<u8>) {
+    pub(crate) fn context(&mut self, count: usize, record: impl Fn(usize) -> Vec<u8>) {
         let mut body = Vec::new();
         context_record(&mut body, 1, 0, &[0; 24]);
         body[8..12].copy_from_slice(&0x5438_1286_u32.to_le_bytes());
@@ -198,7 +198,7 @@ impl Image {
     }
 
     /// A record of a PV vcpu's state.
-    pub(super) fn vcpu(&mut self, kind: u32, vcpu: u64, bytes: usize) {
+    pub(crate) fn vcpu(&mut self, kind: u32, vcpu: u64, bytes: usize) {
         let mut body = vcpu.to_le_bytes().to_vec();
         body.resize(8 + bytes, 0x5a);
         self.record(kind, &body);
@@ -206,7 +206,7 @@ impl Image {
     }
 
     /// The records that complete a guest, except those written already.
-    pub(super) fn state(&mut self) {
+    pub(crate) fn state(&mut self) {
         if std::mem::replace(&mut self.has_state, true) {
             return;
         }
@@ -229,7 +229,7 @@ impl Image {
     }
 
     /// The end of the streams. `after` writes records of libxl.
-    pub(super) fn end(mut self, after: impl FnOnce(&mut Self)) {
+    pub(crate) fn end(mut self, after: impl FnOnce(&mut Self)) {
         self.state();
         self.record(END, &[]);
         if self.wrapped {
@@ -240,7 +240,7 @@ impl Image {
     }
 
     /// Finish the file.
-    pub(super) fn done(mut self) {
+    pub(crate) fn done(mut self) {
         self.out.flush().unwrap();
         let end = self.out.stream_position().unwrap();
         self.out.get_ref().set_len(end).unwrap();
@@ -248,7 +248,7 @@ impl Image {
 }
 
 /// A record of an HVM context.
-pub(super) fn context_record(out: &mut Vec<u8>, kind: u16, instance: u16, body: &[u8]) {
+pub(crate) fn context_record(out: &mut Vec<u8>, kind: u16, instance: u16, body: &[u8]) {
     out.extend(kind.to_le_bytes());
     out.extend(instance.to_le_bytes());
     out.extend((body.len() as u32).to_le_bytes());
@@ -256,14 +256,14 @@ pub(super) fn context_record(out: &mut Vec<u8>, kind: u16, instance: u16, body: 
 }
 
 /// A vcpu's state in an HVM context.
-pub(super) fn cpu(instance: u16) -> Vec<u8> {
+pub(crate) fn cpu(instance: u16) -> Vec<u8> {
     let mut out = Vec::new();
     context_record(&mut out, 2, instance, &[0; 1032]);
     out
 }
 
 /// A file compressed with gzip.
-pub(super) fn gzip(from: &Path, to: &Path) {
+pub(crate) fn gzip(from: &Path, to: &Path) {
     let mut out = GzEncoder::new(File::create(to).unwrap(), flate2::Compression::fast());
     io::copy(&mut File::open(from).unwrap(), &mut out).unwrap();
     out.finish().unwrap();
@@ -271,7 +271,7 @@ pub(super) fn gzip(from: &Path, to: &Path) {
 
 /// A file as one zstd frame with a window of 2^`log` bytes, in which only runs of one byte are
 /// compressed.
-pub(super) fn zstd(from: &Path, to: &Path, log: u8) {
+pub(crate) fn zstd(from: &Path, to: &Path, log: u8) {
     const BLOCK: usize = 128 << 10;
     let bytes = std::fs::read(from).unwrap();
     let mut out = BufWriter::new(File::create(to).unwrap());
@@ -290,7 +290,7 @@ pub(super) fn zstd(from: &Path, to: &Path, log: u8) {
 }
 
 /// A file compressed with lz4 in blocks of 4 MiB, each of which refers to earlier data.
-pub(super) fn lz4(from: &Path, to: &Path) {
+pub(crate) fn lz4(from: &Path, to: &Path) {
     use lz4_flex::frame::{BlockMode, BlockSize, FrameEncoder, FrameInfo};
     let info = FrameInfo::new()
         .block_size(BlockSize::Max4MB)
@@ -301,7 +301,7 @@ pub(super) fn lz4(from: &Path, to: &Path) {
 }
 
 /// A file compressed with xz and a small dictionary, whose header asks for one of 64 MiB.
-pub(super) fn xz(from: &Path, to: &Path) {
+pub(crate) fn xz(from: &Path, to: &Path) {
     use lzma_rust2::{XzOptions, XzWriter};
     let options = XzOptions::with_preset(0);
     let mut out = XzWriter::new(Vec::new(), options).unwrap();

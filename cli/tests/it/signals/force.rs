@@ -148,6 +148,26 @@ fn no_hard_way_out_without_an_announcement() {
     assert!(partial_files(hosts.dir.path()).is_empty());
 }
 
+/// The file system may take seconds to free the blocks of a large file.
+#[test]
+fn the_guest_runs_on_before_the_partial_file_is_removed() {
+    for layout in ["stream", "mapped"] {
+        let hosts = Hosts::with("pvh", &[]);
+        let (here, file) = (backend(&hosts.here), hosts.path("web.save"));
+        let line = ["save", &here, "--layout", layout, "web", arg(&file)];
+        let mut command = staged(hosts.dir.path(), line);
+        assert!(command.hold("suspended", 1));
+        command.signal(Signal::SIGTERM, false);
+        command.until_said("interrupting").unwrap();
+        assert!(command.hold("resumed", 1), "{layout}");
+        assert_eq!(partial_files(hosts.dir.path()).len(), 1, "{layout}");
+        assert!(has(&domains(&hosts.here), "web running"), "{layout}");
+        let (ran, _) = command.end();
+        ran.code(1).stderr_has("no file was written");
+        assert!(partial_files(hosts.dir.path()).is_empty(), "{layout}");
+    }
+}
+
 #[test]
 fn the_hard_way_out_behind_go_says_that_nobody_knows() {
     let hosts = Hosts::with("pvh", &[]);

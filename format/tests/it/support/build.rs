@@ -213,7 +213,7 @@ impl Stream {
         Self::new(version, PV, big)
             .pv_info(width)
             .policies()
-            .p2m(0, 7, &[2])
+            .p2m(0, 7, &[0])
             .pages(&[(0, 0), (1, 9), (2, 1), (3, 0xf)])
             .pages(&[(4, 0xe), (5, 0xd), (6, 4), (7, 0xc)])
             .tsc()

@@ -74,6 +74,11 @@ impl Face {
             return Ok(0);
         };
         let order = u8::try_from(ask.extent_order).map_err(|_| Errno::EINVAL)?;
+        // The machine has one node, of number 0, which the flags count from 1.
+        let (node, exact) = (ask.mem_flags >> 8 & 0xff, ask.mem_flags >> 17 & 1 == 1);
+        if exact && node > 1 {
+            return Ok(0);
+        }
         let done = match cmd {
             sys::XENMEM_populate_physmap => domain.populate(order, &mut frames),
             _ if order == 0 => domain.release(&frames),

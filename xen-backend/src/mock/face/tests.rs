@@ -15,10 +15,10 @@ use crate::mock::{GuestSpec, HostConfig, MockHost};
 use crate::privcmd::{Call, CallBuffer, Elsewhere as _, Hypercalls};
 use crate::sys::common as sys;
 use crate::xen::interface::INTERFACES;
-use crate::xen::{OpenError, XenHost};
+use crate::xen::{MemoryNode, OpenError, XenHost};
 use crate::{
-    Access, DirtyBitmap, DirtyRead, DomId, GuestKind, Host, RingGrant, ShutdownReason, VcpuBlob,
-    XenVersion,
+    Access, DirtyBitmap, DirtyRead, DomId, GuestKind, Host, NewDomain, RingGrant, ShutdownReason,
+    VcpuBlob, XenVersion,
 };
 
 fn machine(minor: u16) -> MockHost {
@@ -544,4 +544,37 @@ fn what_stands_in_the_padding_of_a_pin_is_not_looked_at() {
         let got = (pin(sys::MMUEXT_PIN_L4_TABLE, padding), pin(99, padding));
         assert_eq!(got, wanted, "{padding:#x}");
     }
+}
+
+/// As a toolstack places a guest that it restores.
+#[test]
+fn memory_is_taken_from_a_node() {
+    let mock = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+    let xen = mock.as_xen().expect("a Xen");
+    let domid = mock.create(&NewDomain::new(GuestKind::Pvh, 1, 16));
+    let domid = domid.expect("a domain");
+    let on = |node, exact| {
+        let node = MemoryNode { node, exact };
+        xen.domain_on(domid, node).expect("the domain")
+    };
+    // The machine has node 0 alone.
+    for (gfn, node, exact, expected) in [
+        (0, 0, true, 1),
+        (1, 3, false, 1),
+        (2, 3, true, 0),
+        (3, 255, false, 1),
+    ] {
+        let populated = on(node, exact).populate(0, &mut [Gfn(gfn)]);
+        assert_eq!(populated.expect("memory"), expected, "node {node}");
+    }
+    // Only an allocation has a node.
+    assert_eq!(on(3, true).release(&[Gfn(0)]).expect("released"), 1);
+    let error = xen.domain_on(
+        DomId(77),
+        MemoryNode {
+            node: 0,
+            exact: true,
+        },
+    );
+    assert_eq!(error.err().expect("no domain").errno, Errno::ESRCH);
 }

@@ -5,11 +5,9 @@ use std::fs::File;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use crate::Errno;
 use xsr_format::frame::Mfn;
 
 use super::super::allocator::{Allocator, BLOCK_FRAMES};
-use super::super::domain::storage_errno;
 use super::super::error::MockError;
 use super::super::frames::{Frame, Frames};
 use super::super::memory::Words;
@@ -116,12 +114,11 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// The lock's, as an errno.
-    pub(in super::super) fn hold_allocator(&self) -> Result<AllocatorHeld<'_>, Errno> {
+    /// As [`Locks::hold`](super::super::sharing::Locks::hold).
+    pub(in super::super) fn hold_allocator(&self) -> Result<AllocatorHeld<'_>, MockError> {
         let mut allocation = self.allocation();
         if allocation.holders == 0 {
-            let locked = self.store.locks.wait(Range::Allocator, Lock::Alone);
-            locked.map_err(|error| storage_errno(&error))?;
+            self.store.locks.wait(Range::Allocator, Lock::Alone)?;
             self.refresh_allocator(&mut allocation);
         }
         allocation.holders += 1;
