@@ -79,14 +79,18 @@ impl From<MockHost> for Hypervisor {
 }
 
 impl Hypervisor {
-    /// Opens the hypervisor that has the domain to work on.
+    /// Opens the hypervisor that has the domain to work on; with `direct` without libxl
+    /// (`--direct`).
     ///
     /// # Errors
     ///
     /// There is no such hypervisor, or this program works on it only through `xl` or with
     /// `--direct`.
-    pub(crate) fn open(backend: &Backend) -> Result<Self> {
-        Ok(MockHost::open(directory(backend)?)?.into())
+    pub(crate) fn open(backend: &Backend, direct: bool) -> Result<Self> {
+        match direct {
+            true => Self::direct(backend),
+            false => Ok(MockHost::open(directory(backend)?)?.into()),
+        }
     }
 
     /// Opens the hypervisor to create a domain on. Creates a mock machine if there is none yet.
@@ -94,8 +98,11 @@ impl Hypervisor {
     /// # Errors
     ///
     /// As [`Hypervisor::open`].
-    pub(crate) fn open_or_create(backend: &Backend) -> Result<Self> {
-        Ok(mock_machine(directory(backend)?)?.into())
+    pub(crate) fn open_or_create(backend: &Backend, direct: bool) -> Result<Self> {
+        match direct {
+            true => Self::direct(backend),
+            false => Ok(mock_machine(directory(backend)?)?.into()),
+        }
     }
 
     /// Opens the hypervisor to work on without libxl (`--direct`).
@@ -190,7 +197,7 @@ pub(crate) fn check(backend: &Backend) -> Result<()> {
 fn directory(backend: &Backend) -> Result<&Path> {
     match backend {
         Backend::Mock(dir) => return Ok(dir),
-        Backend::MockXen(_) => bail!("mock-xen: is for `save --direct` and `restore --direct`"),
+        Backend::MockXen(_) => bail!("mock-xen: is for --direct"),
         Backend::Auto | Backend::Xen => {}
     }
     let why = match XenHost::open() {
@@ -200,7 +207,7 @@ fn directory(backend: &Backend) -> Result<&Path> {
         Err(error) => error.to_string(),
         // With xl installed, xl does the work (`xl.rs`), and this point is not reached.
         Ok(_) => "this machine runs Xen, but there is no `xl` on PATH: install Xen's tools, or \
-             give --direct (save and restore without libxl)"
+             give --direct (to work without libxl)"
             .to_owned(),
     };
     bail!(

@@ -285,7 +285,7 @@ fn rune(args: &ConnectionArgs, host: &str, options: &[&str]) -> String {
     if args.ssh.is_empty() {
         return host.to_owned();
     }
-    let mut rune = format!("exec {} {host} {}", args.ssh, args.receiver);
+    let mut rune = format!("exec {} {host} {}", args.ssh, args.receiver());
     for option in options {
         rune.push(' ');
         rune.push_str(option);

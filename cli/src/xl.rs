@@ -131,7 +131,7 @@ impl Xl {
         if !refused.is_empty() {
             let mut why = format!(
                 "{} is not an option of xl, which does this on a Xen host: drop it, or give \
-                 --direct (save and restore without libxl; see --help)",
+                 --direct (to work without libxl; see --help)",
                 refused.join(", ")
             );
             if restores && refused.iter().any(|option| option == "--name") {
@@ -152,7 +152,7 @@ impl Xl {
         }
         let xl = program("xl").context(
             "there is no `xl` on PATH: install Xen's tools (Debian: xen-utils-common), or give \
-             --direct (save and restore without libxl; see --help)",
+             --direct (to work without libxl; see --help)",
         )?;
         let helper = helper()?;
         let lock = match &words {

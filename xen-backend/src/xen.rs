@@ -104,7 +104,7 @@ impl XenHost {
     }
 
     /// The hypervisor that `raw` leads to, without libxl.
-    #[cfg(feature = "mock")]
+    #[cfg(all(test, feature = "mock"))]
     pub(crate) fn over(
         raw: Arc<dyn Hypercalls>,
         store: Box<dyn Xenstore>,

@@ -30,12 +30,15 @@ use super::{BackendArg, MemorySize, OfferArgs, ProgressArg, SessionArgs, TargetA
 /// options on, gives --threads, --max-downtime, --timeout and --on-timeout to the helper, and
 /// refuses options that xl does not have. Without a target the helper suspends the domain by Xen's
 /// own rule (after five passes, or with fewer than 50 dirty pages). xl runs `xl migrate-receive` on
-/// HOST; `-s '' DOMAIN 'ssh HOST xsr migrate-receive'` runs another command.
+/// HOST; `-s '' DOMAIN 'ssh HOST xsr migrate-receive'` runs another command. With --direct it works
+/// without xl, and what it sends is what xl sends: `xl migrate-receive` takes it, too
+/// (`--receiver 'xl migrate-receive'`).
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   xsr migrate web other.example.org        on a Xen host
   xsr migrate --max-downtime 100 --on-timeout cancel web other.example.org
+  xsr migrate --direct web other.example.org
   xsr migrate --backend mock:/tmp/lab web other.example.org
   xsr migrate --backend mock:/tmp/lab --max-downtime 50 web other.example.org
   xsr migrate --backend mock:/tmp/lab --compress auto --connections 2 web other
@@ -94,9 +97,12 @@ pub(crate) struct MigrateArgs {
     pub(crate) host: String,
 }
 
-/// How the other host is reached.
+/// How the other host is reached, and what is run there.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ConnectionArgs {
+    /// On a Xen host: work without xl and libxl, on a guest without devices (PV and PVH)
+    #[arg(long)]
+    pub(crate) direct: bool,
     /// The command to run instead of ssh, through sh; if empty, HOST is the whole command
     #[arg(
         short = 's',
@@ -105,17 +111,24 @@ pub(crate) struct ConnectionArgs {
         help_heading = "Connection"
     )]
     pub(crate) ssh: String,
-    /// The command to run on HOST
-    #[arg(
-        long,
-        value_name = "COMMAND",
-        default_value = "xsr migrate-receive",
-        help_heading = "Connection"
-    )]
-    pub(crate) receiver: String,
+    /// The command to run on HOST [default: xsr migrate-receive, with --direct if that is given
+    /// here]
+    #[arg(long, value_name = "COMMAND", help_heading = "Connection")]
+    pub(crate) receiver: Option<String>,
     /// Pass -e on (xl: do not wait for the domain's end)
     #[arg(short = 'e', help_heading = "Connection")]
     pub(crate) no_wait: bool,
+}
+
+impl ConnectionArgs {
+    /// The command to run on the other host.
+    pub(crate) fn receiver(&self) -> &str {
+        let default = match self.direct {
+            true => "xsr migrate-receive --direct",
+            false => "xsr migrate-receive",
+        };
+        self.receiver.as_deref().unwrap_or(default)
+    }
 }
 
 /// Receive a domain from another host, as `xl migrate-receive` does
@@ -125,7 +138,8 @@ pub(crate) struct ConnectionArgs {
 /// it is the receiver for `xsr remus` or `xl remus`, with --colo for `remus -c`. A socket has no
 /// password and no encryption: keep it where only authorised users can connect.
 ///
-/// On a Xen host this command runs `xl migrate-receive` with xsr-save-helper.
+/// On a Xen host this command runs `xl migrate-receive` with xsr-save-helper. With --direct it works
+/// without xl, and refuses a domain with devices or a device model before it creates it.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -135,6 +149,9 @@ pub(crate) struct ReceiveArgs {
     /// Leave the domain paused
     #[arg(short = 'p')]
     pub(crate) paused: bool,
+    /// On a Xen host: receive without xl and libxl, a guest without devices (PV and PVH)
+    #[arg(long)]
+    pub(crate) direct: bool,
     /// Accept the guest even if this host lacks CPU features that the guest has seen. The guest may
     /// crash when it uses one (docs/cpu.md)
     #[arg(long)]

@@ -20,11 +20,13 @@ use super::{BackendArg, ConnectionArgs, MemorySize, ProgressArg, ThreadsArg};
 ///
 /// A mock guest has no network and no disks, so no output is held back or compared (-c). On a Xen
 /// host this command runs `xl remus` with xsr-save-helper. It passes all of xl's options on, gives
-/// --threads to the helper, and refuses options that xl does not have.
+/// --threads to the helper, and refuses options that xl does not have. With --direct it works without
+/// xl; a guest without devices has no output to hold back.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   xsr remus -i 100 web other.example.org   on a Xen host
+  xsr remus --direct -i 100 web other.example.org
   xsr remus --backend mock:/tmp/lab --stats web other.example.org
   xsr remus --backend mock:/tmp/lab -i 50 web unix:/tmp/remus.sock
   xsr remus --backend mock:/tmp/lab -F -b --epochs 10 --stats web nowhere")]

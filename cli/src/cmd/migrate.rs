@@ -26,6 +26,7 @@ use xsr_xen_backend::{DomId, Domain};
 use crate::args::{Backend, MigrateArgs};
 use crate::backend::workload;
 use crate::backend::{self, Found, Hypervisor, name_of};
+use crate::cmd::save::direct;
 use crate::cmd::save::{Form, Job, LiveSave, MemoryReport, Written, target_policy};
 use crate::condition::Condition;
 use crate::exit::{self, BadUsage, Code, Migration};
@@ -88,8 +89,13 @@ fn refuse(args: &MigrateArgs) -> Result<()> {
 fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
     let started = Instant::now();
     Left::work().until_the_end();
-    let host = Hypervisor::open(&args.backend.backend)?;
+    let direct = args.connection.direct;
+    let host = Hypervisor::open(&args.backend.backend, direct)?;
     let found = Found::find(&host, &args.domain, "migrate")?;
+    let migrating = || format!("migrating {}", found.name);
+    if direct {
+        direct::check_sent(&*host, found.domain, &found.name, terminal).with_context(migrating)?;
+    }
     found.check_leaves(&host)?;
     let sender = Sender {
         args,
@@ -103,7 +109,6 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         protected: false,
     });
     left::guest::leaving(&host, found.domain, sender.name, to);
-    let migrating = || format!("migrating {}", sender.name);
     can_suspend(sender.domain, sender.name, &args.backend.backend).with_context(migrating)?;
     let working = workload::start(&host, found.domain.domid)?;
     let options = [

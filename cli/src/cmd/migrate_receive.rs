@@ -82,7 +82,11 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     // The sender is told the result, and a socket is removed.
     Left::work().until_the_end();
     // Before a sender is accepted, so that it does not send a domain in vain.
-    let host = Hypervisor::open_or_create(&args.backend.backend)?;
+    if args.direct && args.colo {
+        let why = "COLO is libxl's to do: drop --direct";
+        return Err(Error::new(BadUsage(why.to_owned())));
+    }
+    let host = Hypervisor::open_or_create(&args.backend.backend, args.direct)?;
     let answer = Duration::from_secs(args.answer_timeout.into());
     let link = match &args.listen {
         None if args.offer.session => Link::offered(&args.offer, answer, watch.interrupt())?,
@@ -252,11 +256,14 @@ impl Coming<'_, '_> {
             None => ImageSource::over(from).behind(known),
         };
         let made = Image::open_migration(source)
-            .and_then(|image| {
+            .and_then(|mut image| {
                 terminal.say(&format!(
                     "migrate-receive: receiving {}",
                     shown_name(image.name())
                 ));
+                if args.direct {
+                    image.check_direct()?;
+                }
                 let mut watch = self.watch.borrow_mut();
                 let cpu = cpu::check(args.force);
                 image.build(host, Named::Incoming, args.threads.threads, cpu, &mut watch)

@@ -41,6 +41,7 @@ use crate::args::{OnLoss, RemusArgs};
 use crate::backend::workload;
 use crate::backend::{self, Found, Hypervisor};
 use crate::cmd::migrate::{away, can_suspend};
+use crate::cmd::save::direct;
 use crate::cmd::save::{Form, Job};
 use crate::condition::Condition;
 use crate::exit::{self, BadUsage, Code};
@@ -75,6 +76,8 @@ fn refuse(args: &RemusArgs) -> Result<()> {
         "-p is for COLO: add -c"
     } else if args.colo && (unprotected || args.buffer.is_some() || args.no_buffer) {
         "-b, -n, -d, --buffer and --no-buffer are for Remus: drop -c"
+    } else if args.colo && args.connection.direct {
+        "-c: COLO is libxl's to do: drop --direct"
     } else if unprotected && !args.allow_unsafe {
         "-b, -n and -d do not protect the domain: add -F if that is what you want"
     } else {
@@ -110,8 +113,13 @@ fn receiver_options(args: &RemusArgs) -> Vec<&str> {
 
 fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
     Left::work().until_the_end();
-    let host = Hypervisor::open(&args.backend.backend)?;
+    let direct = args.connection.direct;
+    let host = Hypervisor::open(&args.backend.backend, direct)?;
     let found = Found::find(&host, &args.domain, "remus")?;
+    let protecting = || format!("protecting {}", found.name);
+    if direct {
+        direct::check_sent(&*host, found.domain, &found.name, terminal).with_context(protecting)?;
+    }
     found.check_leaves(&host)?;
     let domid = found.domain.domid;
     let primary = Primary {
@@ -126,8 +134,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         protected: true,
     });
     left::guest::leaving(&host, found.domain, primary.name, to);
-    can_suspend(primary.domain, primary.name, &args.backend.backend)
-        .with_context(|| format!("protecting {}", primary.name))?;
+    can_suspend(primary.domain, primary.name, &args.backend.backend).with_context(protecting)?;
     let _working = workload::start(&host, domid)?;
     let mut teller = Teller::new(args, terminal, primary.name, domid)?;
     let interrupt = watch.interrupt().clone();

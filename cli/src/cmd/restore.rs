@@ -23,7 +23,6 @@ use xsr_format::walk::{Around, Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
-use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{CpuCheck, RestoreError, RestoreRequest};
 use xsr_xen_backend::DomId;
 
@@ -91,11 +90,10 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         .with_context(restoring)?;
     let host = match direct {
         Some(host) => {
-            let checked = direct::check(&mut image.plan);
-            checked.with_context(restoring)?;
+            image.check_direct().with_context(restoring)?;
             host
         }
-        None => Hypervisor::open_or_create(backend)?,
+        None => Hypervisor::open_or_create(backend, false)?,
     };
     let new_uuid = image.new_uuid();
     let made = image
@@ -305,6 +303,15 @@ impl<'a> Image<'a> {
         self.plan.new_uuid.clone()
     }
 
+    /// Refuses a domain that only libxl can create (`--direct`).
+    ///
+    /// # Errors
+    ///
+    /// What libxl is needed for, and what to do.
+    pub(crate) fn check_direct(&mut self) -> Result<()> {
+        direct::check(&mut self.plan)
+    }
+
     /// Create the domain and fill it. It is paused afterwards.
     pub(crate) fn build(
         mut self,
@@ -320,10 +327,7 @@ impl<'a> Image<'a> {
         emulators.retain(of_emulator);
         let rings = made.rings()?;
         let domain = made.domain.as_ref();
-        let mut toolstack = direct::Toolstack {
-            direct: DirectToolstack(domain),
-            changes_cpuid: self.plan.changes_cpuid,
-        };
+        let mut toolstack = made.toolstack();
         let (restored, source) = RestoreRequest::new(domain, rings)
             .threads(threads)
             .cpu(cpu)

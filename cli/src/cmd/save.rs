@@ -3,7 +3,7 @@
 //!
 //! C implementation: `save_domain` in `tools/xl/xl_saverestore.c`.
 
-mod direct;
+pub(crate) mod direct;
 mod onto;
 mod report;
 pub(crate) mod sink;
@@ -133,10 +133,7 @@ fn save(
 ) -> Result<Code> {
     let started = Instant::now();
     let backend = &args.backend.backend;
-    let host = match args.direct {
-        true => Hypervisor::direct(backend)?,
-        false => Hypervisor::open(backend)?,
-    };
+    let host = Hypervisor::open(backend, args.direct)?;
     let Found {
         domain: which,
         name,
@@ -555,7 +552,11 @@ impl Job<'_> {
     /// xl's header with the configuration.
     fn header(&self) -> Result<XlHeader> {
         let json = match backend::config(self.host, self.which)? {
-            Some(json) => json,
+            // libxl does not notice that a domain has been renamed without it.
+            Some(json) => match self.host.name(self.which)? {
+                Some(name) => config::renamed(&json, &name)?,
+                None => json,
+            },
             None => self.made_up_config()?,
         };
         Ok(XlHeader::new(&json)?)

@@ -22,7 +22,13 @@ fn hosts(kind: &str) -> Hosts {
     let [here, there] = ["here", "there"].map(|name| dir.path().join(name));
     create(&here, "web", kind);
     older(&there);
-    Hosts { dir, here, there }
+    let direct = false;
+    Hosts {
+        dir,
+        here,
+        there,
+        direct,
+    }
 }
 
 #[test]

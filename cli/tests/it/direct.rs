@@ -1,9 +1,11 @@
-//! `--direct`: save and restore without libxl, on the mock machine through hypercalls.
+//! `--direct`: save, restore and migrate without libxl, on the mock machine through hypercalls.
 
 use std::fs;
 use std::path::Path;
 
-use crate::common::{arg, host_with, run, scratch};
+use crate::common::migration::Hosts;
+use crate::common::{arg, backend, host_with, run, scratch};
+use xsr_xen_backend::domain_store::DomainStore;
 use xsr_xen_backend::mock::{HostConfig, MockHost};
 use xsr_xen_backend::{DomId, DomainInfo, GuestKind, Host as _, NewDomain};
 
@@ -120,6 +122,90 @@ fn what_needs_libxl_is_refused() {
     .code(1)
     .stderr_has("needs a device model");
     assert!(domains(&other).is_empty());
+}
+
+/// At either end, and before the guest is touched.
+#[test]
+fn what_needs_libxl_is_not_migrated() {
+    let hosts = Hosts::direct("hvm", &[]);
+    let here = hosts.on(&hosts.here);
+    let here: Vec<&str> = here.iter().map(String::as_str).collect();
+    for command in ["migrate", "remus"] {
+        let args = [command, "web", "unix:/nowhere"].into_iter();
+        run(args.chain(here.iter().copied()))
+            .code(1)
+            .stderr_has("has a device model")
+            .stderr_has("drop --direct");
+    }
+    let colo = ["remus", "-c", "web", "unix:/nowhere"].into_iter();
+    run(colo.chain(here.iter().copied()))
+        .code(64)
+        .stderr_has("COLO");
+    let there = hosts.on(&hosts.there);
+    let there = there.iter().map(String::as_str);
+    run(["migrate-receive", "--colo"].into_iter().chain(there))
+        .code(64)
+        .stderr_has("COLO");
+    // A sender that works through libxl sends it, and a receiver without refuses it.
+    let socket = hosts.path("socket");
+    let to = format!("unix:{}", socket.display());
+    for (command, options) in [("migrate", &[][..]), ("remus", &["-r"])] {
+        let receiver = hosts.receiver(&socket, options);
+        let sent = run([command, &backend(&hosts.here), "web", &to]);
+        sent.code(1).stderr_has("needs a device model");
+        receiver.end().code(1).stderr_has("needs a device model");
+        assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
+    }
+}
+
+/// The configuration of libxl names devices: the guest is refused by them.
+#[test]
+fn a_guest_with_devices_is_not_received() {
+    let hosts = Hosts::direct("pvh", &[]);
+    let machine = MockHost::open(&hosts.here).unwrap();
+    let domid = only(&hosts.here).domid;
+    let config = machine.userdata_get(domid, "libxl-json").unwrap().unwrap();
+    let config = String::from_utf8(config).unwrap();
+    let disks = "\"disks\": [{ \"vdev\": \"xvda\" }],\n    \"on_reboot\":";
+    let config = config.replacen("\"on_reboot\":", disks, 1);
+    let kept = machine.userdata_store(domid, "libxl-json", config.as_bytes());
+    kept.unwrap();
+    drop(machine);
+    let socket = hosts.path("socket");
+    let receiver = hosts.receiver(&socket, &[]);
+    let sent = hosts.sender(&socket, &[]).end().code(1);
+    sent.stderr_has("web has disks")
+        .stderr_has("web runs on here");
+    receiver.end().code(1).stderr_has("web has disks");
+    assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
+}
+
+/// Nothing keeps a configuration of a domain that another toolstack has made. libxl's has the name
+/// that the domain had when libxl made it.
+#[test]
+fn a_domain_arrives_under_the_name_that_it_has() {
+    for keeps in [true, false] {
+        let hosts = Hosts::direct("pv", &[]);
+        let machine = MockHost::open(&hosts.here).unwrap();
+        let domain = DomainStore::find(&machine, "web").unwrap();
+        match keeps {
+            true => DomainStore::rename(&machine, domain, "web", "db").unwrap(),
+            false => {
+                DomainStore::forget(&machine, domain).unwrap();
+                DomainStore::give_name(&machine, domain, "db").unwrap();
+            }
+        }
+        drop(machine);
+        let socket = hosts.path("socket");
+        let receiver = hosts.receiver(&socket, &[]);
+        let to = format!("unix:{}", socket.display());
+        let args = ["migrate", "db", &to].map(str::to_owned);
+        let sent = run(args.into_iter().chain(hosts.on(&hosts.here))).code(0);
+        let said = "db has no configuration of libxl's: one is sent";
+        assert_eq!(sent.stderr.contains(said), !keeps, "{sent:?}");
+        receiver.end().code(0);
+        assert_eq!(hosts.domains(), [vec![], vec!["db running".to_owned()]]);
+    }
 }
 
 /// A stream of Xen before 4.14: version 2, without CPU policies.

@@ -19,10 +19,9 @@ const NONE: [String; 0] = [];
 
 #[test]
 fn every_kind_arrives_as_it_left() {
-    for kind in KINDS {
-        let hosts = Hosts::with(kind, &[]);
+    for hosts in KINDS.iter().flat_map(|kind| Hosts::each(kind, &[])) {
         let (before, after) = (hosts.path("before.save"), hosts.path("after.save"));
-        run(["save", "-c", &backend(&hosts.here), "web", arg(&before)]).code(0);
+        hosts.save(&hosts.here, &["-c", arg(&before)]);
         let socket = hosts.path("socket");
         let receiver = hosts.receiver(&socket, &[]);
         hosts.sender(&socket, &[]).end().code(0);
@@ -30,19 +29,18 @@ fn every_kind_arrives_as_it_left() {
         assert_eq!(
             hosts.domains(),
             [vec![], vec!["web running".to_owned()]],
-            "{kind}"
+            "{hosts:?}"
         );
         assert!(!socket.exists(), "the socket is gone");
-        run(["save", &backend(&hosts.there), "web", arg(&after)]).code(0);
+        hosts.save(&hosts.there, &[arg(&after)]);
         run(["diff", "--after-restore", arg(&before), arg(&after)]).code(0);
     }
 }
 
 #[test]
 fn a_domain_that_writes_arrives_as_it_was_when_it_was_suspended() {
-    for kind in KINDS {
-        let options = ["--dirty-rate", "20000", "--working-set", "4M"];
-        let hosts = Hosts::with(kind, &options);
+    const BUSY: [&str; 4] = ["--dirty-rate", "20000", "--working-set", "4M"];
+    for hosts in KINDS.iter().flat_map(|kind| Hosts::each(kind, &BUSY)) {
         let socket = hosts.path("socket");
         let receiver = hosts.receiver(&socket, &["--json"]);
         let sent = hosts
@@ -52,14 +50,14 @@ fn a_domain_that_writes_arrives_as_it_was_when_it_was_suspended() {
             .json();
         let received = receiver.end().code(0).json();
         // All memory was sent a second time, and was the same as before.
-        assert_eq!(received["verify_mismatches"], 0, "{kind}: {received}");
-        assert_eq!(sent["pages"], received["pages"], "{kind}");
-        assert!(sent["iterations"].as_u64() >= Some(1), "{kind}: {sent}");
-        assert!(sent["pages"].as_u64() > Some(2 * 2048), "{kind}: {sent}");
+        assert_eq!(received["verify_mismatches"], 0, "{hosts:?}: {received}");
+        assert_eq!(sent["pages"], received["pages"], "{hosts:?}");
+        assert!(sent["iterations"].as_u64() >= Some(1), "{hosts:?}: {sent}");
+        assert!(sent["pages"].as_u64() > Some(2 * 2048), "{hosts:?}: {sent}");
         assert_eq!(
             hosts.domains(),
             [vec![], vec!["web running".to_owned()]],
-            "{kind}"
+            "{hosts:?}"
         );
     }
 }
@@ -270,9 +268,10 @@ fn cut(hosts: &Hosts, cut: Cut, what: &str) -> i32 {
             let whole = format!(
                 "{} migrate-receive {}",
                 env!("CARGO_BIN_EXE_xsr"),
-                backend(&hosts.here)
+                hosts.on(&hosts.here).join(" ")
             );
-            run(["migrate", &backend(&hosts.there), "-s", "", "web", &whole]).code(0);
+            let back = ["migrate", "-s", "", "web", &whole].map(str::to_owned);
+            run(back.into_iter().chain(hosts.on(&hosts.there))).code(0);
         }
         1 => {
             assert_eq!(
@@ -320,10 +319,15 @@ fn places(before: u64, message: &[u8]) -> [u64; 4] {
 
 #[test]
 fn what_the_receiver_says_is_cut_anywhere() {
-    let hosts = Hosts::with("pvh", &[]);
+    Hosts::each("pvh", &[])
+        .iter()
+        .for_each(what_the_receiver_says_is_cut);
+}
+
+fn what_the_receiver_says_is_cut(hosts: &Hosts) {
     let mut before = 0;
     let mut codes = vec![cut(
-        &hosts,
+        hosts,
         Cut {
             back: 0,
             ..Cut::NEVER
@@ -333,7 +337,7 @@ fn what_the_receiver_says_is_cut_anywhere() {
     for message in [BANNER, READY, REPORT, &[0]] {
         for back in places(before, message) {
             let what = format!("back after {back}");
-            codes.push(cut(&hosts, Cut { back, ..Cut::NEVER }, &what));
+            codes.push(cut(hosts, Cut { back, ..Cut::NEVER }, &what));
         }
         before += message.len() as u64;
     }
@@ -346,7 +350,12 @@ fn what_the_receiver_says_is_cut_anywhere() {
 
 #[test]
 fn what_the_sender_says_is_cut_anywhere() {
-    let hosts = Hosts::with("pv", &[]);
+    Hosts::each("pv", &[])
+        .iter()
+        .for_each(what_the_sender_says_is_cut);
+}
+
+fn what_the_sender_says_is_cut(hosts: &Hosts) {
     let image = hosts.image().len() as u64;
     // Headers; pages; the tail; the end; "go".
     let stream = [
@@ -363,7 +372,7 @@ fn what_the_sender_says_is_cut_anywhere() {
     ];
     for forth in stream {
         let code = cut(
-            &hosts,
+            hosts,
             Cut {
                 forth,
                 ..Cut::NEVER
@@ -376,7 +385,7 @@ fn what_the_sender_says_is_cut_anywhere() {
     }
     for forth in places(image, GO) {
         cut(
-            &hosts,
+            hosts,
             Cut {
                 forth,
                 ..Cut::NEVER
@@ -506,8 +515,10 @@ fn a_connect_that_nobody_answers_is_interrupted() {
 fn a_guest_that_goes_away_is_said_to_have_gone() {
     for (kind, how) in [("pv", "poweroff"), ("pvh", "crash"), ("hvm", "reboot")] {
         let ends = ["--dirty-rate", "20000", "--shut-down", how, "--after", "1"];
-        for live in [&[][..], &["--no-live"]] {
-            let hosts = Hosts::with(kind, &ends);
+        let lives = [&[][..], &["--no-live"]].into_iter();
+        let each =
+            lives.flat_map(|live| Hosts::each(kind, &ends).into_iter().map(move |h| (live, h)));
+        for (live, hosts) in each {
             let socket = hosts.path("socket");
             let listener = listen(&socket);
             let sender = hosts.sender(&socket, live);

@@ -25,9 +25,10 @@ const BUSY: [&str; 4] = ["--dirty-rate", "20000", "--working-set", "4M"];
 /// `xsr remus` of `web`, to a socket.
 fn sender(hosts: &Hosts, socket: &Path, options: &[&str]) -> Running {
     let to = format!("unix:{}", socket.display());
-    let backend = backend(&hosts.here);
-    let args = ["remus", "-i", "10", &backend, "web", &to];
-    Running::start(args.iter().chain(options))
+    let on = hosts.on(&hosts.here);
+    let args = ["remus", "-i", "10", "web", &to];
+    let args = args.into_iter().chain(on.iter().map(String::as_str));
+    Running::start(args.chain(options.iter().copied()))
 }
 
 /// Both ends, with a checkpoint complete at the secondary.
@@ -41,12 +42,16 @@ fn protected(hosts: &Hosts, options: &[&str]) -> [Running; 2] {
 
 #[test]
 fn an_interrupt_ends_the_protection_and_the_other_end_forgets_the_domain() {
-    for (kind, signal) in [
+    let ends = [
         ("pv", Signal::SIGINT),
         ("hvm", Signal::SIGTERM),
         ("pvh", Signal::SIGHUP),
-    ] {
-        let hosts = Hosts::with(kind, &BUSY);
+    ];
+    let each = ends.into_iter().flat_map(|(kind, signal)| {
+        let each = Hosts::each(kind, &BUSY).into_iter();
+        each.map(move |hosts| (hosts, signal))
+    });
+    for (hosts, signal) in each {
         let [sender, receiver] = protected(&hosts, &["--json"]);
         sender.signal(signal);
         let sent = sender.end().code(0);
@@ -121,11 +126,14 @@ fn an_interrupt_before_the_first_checkpoint_waits_for_no_answer() {
 
 #[test]
 fn a_sender_that_is_killed_leaves_its_last_checkpoint_running() {
-    for kind in ["pv", "pv32", "hvm", "pvh"] {
-        // The guest does nothing, so that all checkpoints equal it.
-        let hosts = Hosts::with(kind, &[]);
+    // The guest does nothing, so that all checkpoints equal it.
+    let each = ["pv", "pv32", "hvm", "pvh"].into_iter().flat_map(|kind| {
+        let each = Hosts::each(kind, &[]).into_iter();
+        each.map(move |hosts| (kind, hosts))
+    });
+    for (kind, hosts) in each {
         let image = hosts.path("before");
-        fs::write(&image, hosts.image()).unwrap();
+        hosts.save(&hosts.here, &["-c", arg(&image)]);
         let [sender, receiver] = protected(&hosts, &[]);
         // This receiver goes on after a hangup of its session.
         receiver.signal(Signal::SIGHUP);
@@ -134,7 +142,7 @@ fn a_sender_that_is_killed_leaves_its_last_checkpoint_running() {
         assert!(received.stderr.contains("goes on here from checkpoint"));
         assert_eq!(hosts.domains()[1], ["web running"], "{kind}");
         let after = hosts.path("after");
-        run(["save", &backend(&hosts.there), "web", arg(&after)]).code(0);
+        hosts.save(&hosts.there, &[arg(&after)]);
         let diff = ["diff", "--after-restore", arg(&image), arg(&after)];
         if kind != "hvm" {
             run(diff).code(0);
@@ -189,9 +197,14 @@ fn a_sender_that_is_killed_leaves_the_last_checkpoint_that_had_come() {
 
 #[test]
 fn a_receiver_that_is_lost_leaves_the_domain_running_where_it_is() {
-    let hosts = Hosts::with("pvh", &BUSY);
+    Hosts::each("pvh", &BUSY)
+        .iter()
+        .for_each(a_receiver_is_lost);
+}
+
+fn a_receiver_is_lost(hosts: &Hosts) {
     // It is unknown what has become of the copy.
-    let [sender, receiver] = protected(&hosts, &[]);
+    let [sender, receiver] = protected(hosts, &[]);
     receiver.kill();
     let sent = sender.end();
     assert_eq!(sent.code, 3, "{sent:?}");
@@ -212,7 +225,7 @@ fn a_receiver_that_is_lost_leaves_the_domain_running_where_it_is() {
     run(gone).code(0);
 
     // The same, with the domain to be paused.
-    let [sender, receiver] = protected(&hosts, &["--on-loss", "pause"]);
+    let [sender, receiver] = protected(hosts, &["--on-loss", "pause"]);
     receiver.kill();
     sender.end().code(3).stderr_has("Here it is paused");
     assert_eq!(hosts.domains()[0], ["web paused"]);
@@ -220,7 +233,7 @@ fn a_receiver_that_is_lost_leaves_the_domain_running_where_it_is() {
     run(["mock", "unpause", "web", "--host", arg(&hosts.here)]).code(0);
 
     // It reports that it has no copy any more.
-    let [sender, receiver] = protected(&hosts, &[]);
+    let [sender, receiver] = protected(hosts, &[]);
     receiver.signal(Signal::SIGINT);
     assert_eq!(receiver.end().code, 1);
     sender
@@ -233,7 +246,7 @@ fn a_receiver_that_is_lost_leaves_the_domain_running_where_it_is() {
     let socket = hosts.path("socket");
     let small = ["-r", "--checkpoint-memory", "4K", "--checkpoint-file", "8K"];
     let receiver = hosts.receiver(&socket, &small);
-    let sent = sender_of(&hosts, &socket).end();
+    let sent = sender_of(hosts, &socket).end();
     assert_eq!(sent.code, 1, "{sent:?}");
     let why = receiver.end().code(1);
     why.stderr_has("8192 in the file");
@@ -245,7 +258,7 @@ fn a_receiver_that_is_lost_leaves_the_domain_running_where_it_is() {
     assert!(sent.stderr.contains("8192 in the file"), "{sent:?}");
     create(&hosts.there, "web", "pv");
     let receiver = hosts.receiver(&socket, &["-r"]);
-    let sent = sender_of(&hosts, &socket).end();
+    let sent = sender_of(hosts, &socket).end();
     assert_eq!(sent.code, 1, "{sent:?}");
     assert!(sent.stderr.contains("\"web\" exists already"), "{sent:?}");
     receiver.end().code(1).stderr_has("\"web\" exists already");

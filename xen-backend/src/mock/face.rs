@@ -42,7 +42,7 @@ use crate::privcmd::call::{EXTRA_VERSION, GRANT_TABLE_OP};
 use crate::privcmd::{Call, CallBuffer, FrameMapping, Hypercalls, Resource};
 use crate::sys::common as sys;
 use crate::xen::interface::{INTERFACES, Interface, versions};
-use crate::xen::{OpenError, XenHost};
+use crate::xen::{LibxlFiles, OpenError, XenHost};
 use crate::{DomId, DomainControl, GuestKind, Host as _, HvmGuest, PvGuest};
 
 /// Bytes of `xen_domctl` and `xen_sysctl` before their unions, and of the unions.
@@ -108,8 +108,8 @@ struct State {
     obstacles: Obstacles,
     /// MiB for page tables, by domain.
     allocations: BTreeMap<u16, u32>,
-    /// Nodes of xenstore.
-    nodes: BTreeMap<String, Vec<u8>>,
+    /// Nodes of xenstore, if the machine is in memory.
+    nodes: store::Tree,
     /// Rings that xenstore is connected to: frame and event channel, by domain.
     store_rings: BTreeMap<u16, (u64, u32)>,
     /// Domains whose shutdown xenstored has announced.
@@ -139,7 +139,8 @@ impl MockHost {
     /// [`OpenError::UnknownInterface`] if the machine is newer than Xen 4.22.
     pub fn as_xen(&self) -> Result<XenHost, OpenError> {
         let face = Face::new(self);
-        XenHost::over(Arc::new(face.clone()), Box::new(face))
+        let files = LibxlFiles::of_mock(self.directory());
+        XenHost::with_files(Arc::new(face.clone()), Box::new(face), files)
     }
 }
 
@@ -410,7 +411,7 @@ impl Hypercalls for Face {
     fn notify(&self, domid: DomId, port: u32) -> Result<(), Errno> {
         // The only listener is a guest that waits for its suspend request.
         let node = format!("/local/domain/{}/device/suspend/event-channel", domid.0);
-        let offered = self.state().nodes.get(&node).cloned();
+        let offered = self.nodes().map_err(|error| error.errno())?.remove(&node);
         match offered == Some(port.to_string().into_bytes()) {
             true => self.domain(domid.0)?.suspend().map_err(errno),
             false => Err(Errno::EINVAL),

@@ -15,6 +15,7 @@
 //! | `blocks` | frames taken per 2 MiB |
 //! | `counters` | four words per domain: pages, largest gfn ever plus 1, last port, unused |
 //! | `open` | one word: how many processes have the host open, or have died while they had |
+//! | `xenstore` | the nodes of the machine's xenstore ([`super::face`]), once there are any |
 //! | `domains/N.dead` | remains of a domain that is gone, if they could not be removed |
 //! | `domains/N/state.json` | [`super::state::Record`] |
 //! | `domains/N/p2m` | translated guests: mfn + 1 per pfn, 0 if it has none |
@@ -58,6 +59,8 @@ pub(super) const FORMAT: u32 = 3;
 
 /// The host's own state.
 pub(super) const HOST: &str = "host.json";
+/// The nodes of xenstore.
+const XENSTORE: &str = "xenstore";
 /// The directory of the domains.
 pub(super) const DOMAINS: &str = "domains";
 /// A domain's state, in its directory.
@@ -191,6 +194,31 @@ impl Store {
             None => Ok(()),
             Some(place) => place.replace(HOST, &encode(host)?),
         }
+    }
+
+    /// The nodes of xenstore; `None` if they are not kept here but in memory.
+    pub(super) fn load_nodes(&self) -> Result<Option<BTreeMap<String, Vec<u8>>>, MockError> {
+        let Some(place) = self.place() else {
+            return Ok(None);
+        };
+        match place.read(XENSTORE)? {
+            Some(bytes) => parse(&place.path().join(XENSTORE), &bytes).map(Some),
+            None => Ok(Some(BTreeMap::new())),
+        }
+    }
+
+    /// Writes the nodes of xenstore; false if they are to be kept in memory.
+    pub(super) fn save_nodes(&self, nodes: &BTreeMap<String, Vec<u8>>) -> Result<bool, MockError> {
+        let Some(place) = self.place() else {
+            return Ok(false);
+        };
+        // Without line breaks, which would be most of it.
+        let bytes = serde_json::to_vec(nodes).map_err(|cause| MockError::Damaged {
+            path: place.path().join(XENSTORE),
+            cause,
+        })?;
+        place.replace(XENSTORE, &bytes)?;
+        Ok(true)
     }
 
     /// The directory of the domains.

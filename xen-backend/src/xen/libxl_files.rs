@@ -24,10 +24,19 @@ const LONGEST: u64 = 16 << 20;
 
 /// Where libxl keeps its files.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct LibxlFiles(Option<Directories>);
+pub(crate) enum LibxlFiles {
+    /// The hypervisor is a mock machine in memory.
+    #[cfg(feature = "mock")]
+    None,
+    /// It is the mock machine in this directory, which has a configuration of libxl in the user
+    /// data of each domain that `xsr mock` has created.
+    #[cfg(feature = "mock")]
+    Mock(PathBuf),
+    Below(Directories),
+}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Directories {
+pub(crate) struct Directories {
     lib: PathBuf,
     run: PathBuf,
 }
@@ -39,17 +48,23 @@ impl LibxlFiles {
     }
 
     /// No files: the hypervisor is a mock machine.
-    #[cfg(feature = "mock")]
+    #[cfg(all(test, feature = "mock"))]
     pub(super) const fn none() -> Self {
-        Self(None)
+        Self::None
+    }
+
+    /// What a mock machine has instead.
+    #[cfg(feature = "mock")]
+    pub(crate) fn of_mock(directory: Option<&Path>) -> Self {
+        directory.map_or(Self::None, |directory| Self::Mock(directory.to_owned()))
     }
 
     /// The directories of a machine whose root directory is `root`.
     pub(crate) fn below(root: &Path) -> Self {
-        Self(Some(Directories {
+        Self::Below(Directories {
             lib: root.join("var/lib/xen"),
             run: root.join("run/xen"),
-        }))
+        })
     }
 
     /// The configuration that libxl keeps for a domain, and its file.
@@ -57,11 +72,18 @@ impl LibxlFiles {
         &self,
         domain: DomainRef,
     ) -> io::Result<Option<(PathBuf, Vec<u8>)>> {
-        let Some(Directories { lib, .. }) = &self.0 else {
-            return Ok(None);
-        };
         let DomainRef { domid, uuid } = domain;
-        let path = lib.join(format!("userdata-d.{}.{uuid}.libxl-json", domid.0));
+        let path = match self {
+            #[cfg(feature = "mock")]
+            Self::None => return Ok(None),
+            #[cfg(feature = "mock")]
+            Self::Mock(machine) => {
+                machine.join(format!("domains/{}/blobs/userdata-libxl-json", domid.0))
+            }
+            Self::Below(Directories { lib, .. }) => {
+                lib.join(format!("userdata-d.{}.{uuid}.libxl-json", domid.0))
+            }
+        };
         let named =
             |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
         match read(&path) {
@@ -73,8 +95,11 @@ impl LibxlFiles {
 
     /// Every file of a domain. An unreadable directory counts as empty.
     pub(super) fn of(&self, domain: DomainRef) -> Vec<PathBuf> {
-        let Some(Directories { lib, run }) = &self.0 else {
-            return Vec::new();
+        let (lib, run) = match self {
+            // A mock machine removes them with the domain.
+            #[cfg(feature = "mock")]
+            Self::None | Self::Mock(_) => return Vec::new(),
+            Self::Below(Directories { lib, run }) => (lib, run),
         };
         let DomainRef { domid, uuid } = domain;
         let number = domid.0;

@@ -209,8 +209,11 @@ impl StandingBy<'_, '_> {
             ));
         };
         let reader = ConnectionReader::new(connection, wait)?;
-        let image = Image::open_migration(ImageSource::over(reader))?;
+        let mut image = Image::open_migration(ImageSource::over(reader))?;
         image.name().clone_into(&mut self.name);
+        if args.direct {
+            image.check_direct()?;
+        }
         terminal.say(&format!("migrate-receive: standing by for {}", self.name));
         let how = StandBy {
             connection,

@@ -17,11 +17,11 @@ use xsr_save_restore::migrate::messages::Withdrawal;
 use xsr_save_restore::progress::Progress;
 use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending, Survivor, is_loss};
 use xsr_save_restore::toolstack::{
-    Arrival, CheckpointRestoreToolstack, DirectToolstack, MissingStaticData, RestoreToolstack,
-    ToolstackError,
+    Arrival, CheckpointRestoreToolstack, MissingStaticData, RestoreToolstack, ToolstackError,
 };
 use xsr_save_restore::{CpuCheck, RestoreError, RestoreRequest};
 
+use super::direct::Toolstack;
 use super::source::ImageSource;
 use super::{Image, Made, Named, of_emulator};
 use crate::backend::{self, Hypervisor};
@@ -114,7 +114,7 @@ pub(super) fn survival<S>(
 
 /// The toolstack of such a domain.
 pub(super) struct Standby<'a, 'd, 'w> {
-    direct: DirectToolstack<'d>,
+    direct: Toolstack<'d>,
     around: Around<ImageSource<'a>>,
     /// The engine's connection, for libxl's records.
     pub(super) source: ImageSource<'a>,
@@ -137,7 +137,7 @@ impl<'a, 'd, 'w> Standby<'a, 'd, 'w> {
     ) -> Result<Self> {
         let reader = ConnectionReader::new(how.connection, how.wait)?;
         Ok(Self {
-            direct: DirectToolstack(made.domain.as_ref()),
+            direct: made.toolstack(),
             around,
             source: ImageSource::over(reader),
             made,

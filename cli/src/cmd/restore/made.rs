@@ -7,12 +7,14 @@ use std::cell::OnceCell;
 
 use anyhow::{Context as _, Error, Result};
 use xsr_save_restore::restore::RestoreStats;
+use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{Restored, Rings};
 use xsr_xen_backend::domain_store::{
     DomainRef, DomainStore, DomainStoreError, Extent, Introduction,
 };
 use xsr_xen_backend::{DomId, Domain, Ring};
 
+use super::direct::Toolstack;
 use super::{INCOMING, Named, bad};
 use crate::backend::{self, Hypervisor, WholeLock, name_of};
 use crate::exit::{self, Aftermath, LeftBehind};
@@ -29,6 +31,9 @@ pub(crate) struct Made {
     pub(super) about: About,
     /// What its kernel is told about its memory and vcpus.
     pub(super) extent: Option<Extent>,
+    /// Whether the configuration changes what the guest sees of the CPU, and libxl does not apply
+    /// that.
+    pub(super) changes_cpuid: bool,
     /// The domain's event channels for xenstore and console.
     ports: OnceCell<[u32; 2]>,
     keep: bool,
@@ -70,6 +75,7 @@ impl Made {
             domain,
             about,
             extent: None,
+            changes_cpuid: false,
             ports: OnceCell::new(),
             keep: false,
             left: Some(left),
@@ -188,6 +194,14 @@ impl Made {
             console_port,
             console_domid: DOM0,
         })
+    }
+
+    /// The toolstack of the domain while it is restored.
+    pub(super) fn toolstack(&self) -> Toolstack<'_> {
+        Toolstack {
+            direct: DirectToolstack(self.domain.as_ref()),
+            changes_cpuid: self.changes_cpuid,
+        }
     }
 
     /// The event channels of xenstore and the console, allocated once.

@@ -446,6 +446,7 @@ impl RestorePlan {
         let which = *known.get_or_init(|| DomainRef { domid, uuid });
         let mut made = Made::new(host, which, name, left)?;
         made.extent = self.extent.clone();
+        made.changes_cpuid = self.changes_cpuid;
         match made.begin(named, &self.json) {
             Ok(()) => Ok(made),
             Err(error) => Err(made.given_up(error)),

@@ -31,6 +31,8 @@ pub(crate) struct Hosts {
     pub(crate) dir: TempDir,
     pub(crate) here: PathBuf,
     pub(crate) there: PathBuf,
+    /// Whether the commands work without libxl, by hypercalls.
+    pub(crate) direct: bool,
 }
 
 impl Hosts {
@@ -53,7 +55,42 @@ impl Hosts {
         ];
         run(other).code(0);
         run(["mock", "destroy", "x", "--host", arg(&there)]).code(0);
-        Self { dir, here, there }
+        let direct = false;
+        Self {
+            dir,
+            here,
+            there,
+            direct,
+        }
+    }
+
+    /// Twice: for commands as usual and, for guests without a device model, for `--direct`.
+    pub(crate) fn each(kind: &str, options: &[&str]) -> Vec<Self> {
+        let mut each = vec![Self::with(kind, options)];
+        if kind != "hvm" {
+            each.push(Self::direct(kind, options));
+        }
+        each
+    }
+
+    /// Hosts on which the commands work without libxl.
+    pub(crate) fn direct(kind: &str, options: &[&str]) -> Self {
+        let direct = true;
+        Self {
+            direct,
+            ..Self::with(kind, options)
+        }
+    }
+
+    /// The options for a command that works on this host.
+    pub(crate) fn on(&self, host: &Path) -> Vec<String> {
+        match self.direct {
+            true => vec![
+                "--direct".to_owned(),
+                format!("--backend=mock-xen:{}", host.display()),
+            ],
+            false => vec![backend(host)],
+        }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -63,6 +100,13 @@ impl Hosts {
     /// The domains of both hosts, as `name state`.
     pub(crate) fn domains(&self) -> [Vec<String>; 2] {
         [&self.here, &self.there].map(|host| domains(host))
+    }
+
+    /// Save `web` of a host.
+    pub(crate) fn save(&self, host: &Path, to: &[&str]) {
+        let args = [&["save", "web"], to].concat().into_iter();
+        let args = args.map(str::to_owned).chain(self.on(host));
+        run(args).code(0);
     }
 
     /// An image of `web`, which continues to run.
@@ -76,24 +120,19 @@ impl Hosts {
     /// `xsr migrate`, of `web`, to a socket.
     pub(crate) fn sender(&self, socket: &Path, options: &[&str]) -> Running {
         let to = format!("unix:{}", socket.display());
-        let backend = backend(&self.here);
-        let args = ["migrate", &backend, "web", &to];
-        Running::start(args.iter().chain(options))
+        let on = self.on(&self.here);
+        let args = ["migrate", "web", &to];
+        let args = args.into_iter().chain(on.iter().map(String::as_str));
+        Running::start(args.chain(options.iter().copied()))
     }
 
     /// `xsr migrate-receive` on a socket, once it listens.
     pub(crate) fn receiver(&self, socket: &Path, options: &[&str]) -> Running {
         let at = format!("unix:{}", socket.display());
-        let backend = backend(&self.there);
-        let args = [
-            "migrate-receive",
-            "--threads",
-            "2",
-            &backend,
-            "--listen",
-            &at,
-        ];
-        let mut running = Running::start(args.iter().chain(options));
+        let on = self.on(&self.there);
+        let args = ["migrate-receive", "--threads", "2", "--listen", &at];
+        let args = args.into_iter().chain(on.iter().map(String::as_str));
+        let mut running = Running::start(args.chain(options.iter().copied()));
         running.line("waiting at");
         running
     }

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::*;
+use crate::common::backend;
 
 const SOON: [&str; 2] = ["--answer-timeout", "1"];
 

@@ -1,26 +1,124 @@
 //! The mock machine's xenstore, with guests that listen to it.
 //!
+//! Of a machine in a directory it is the file `xenstore` there, which the processes share as they
+//! share the machine. The name of a domain is a node that stands for the name in the domain's
+//! record, so that both faces of the machine have the same names.
+//!
 //! C implementation: `tools/xenstore/xenstored_core.c`; in a guest, Linux's
 //! `drivers/xen/manage.c`.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use crate::Errno;
 use xsr_format::frame::Gfn;
 
 use super::Face;
 use crate::GuestMemory as _;
+use crate::domain_store::{DomainStore, ListedDomain};
+use crate::mock::phase;
 use crate::pages::Access;
 use crate::xenstore::{Nodes, StoreError, Work, Xenstore};
 use crate::{DomId, DomainControl};
 
+/// The nodes with their values.
+pub(super) type Tree = BTreeMap<String, Vec<u8>>;
+
+/// The node of a domain's name.
+fn name_node(domid: DomId) -> String {
+    format!("/local/domain/{}/name", domid.0)
+}
+
+fn broken(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> StoreError {
+    StoreError::Connection(io::Error::other(error))
+}
+
+impl Face {
+    /// All nodes.
+    pub(super) fn nodes(&self) -> Result<Tree, StoreError> {
+        let mut nodes = match self.host.machine.store.load_nodes().map_err(broken)? {
+            Some(nodes) => nodes,
+            None => self.state().nodes.clone(),
+        };
+        for listed in self.listed()? {
+            let node = name_node(listed.info.domid);
+            match listed.name {
+                Some(name) => {
+                    nodes.insert(node, name.into_bytes());
+                }
+                // A node without a value is no name.
+                None if nodes.get(&node).is_some_and(|name| !name.is_empty()) => {
+                    nodes.remove(&node);
+                }
+                None => {}
+            }
+        }
+        Ok(nodes)
+    }
+
+    fn listed(&self) -> Result<Vec<ListedDomain>, StoreError> {
+        DomainStore::list(&self.host).map_err(broken)
+    }
+
+    /// Changes nodes in one step, unless `change` returns `None`.
+    fn change<T>(
+        &self,
+        change: impl FnOnce(&mut Tree) -> Option<T>,
+    ) -> Result<Option<T>, StoreError> {
+        let names = self.host.machine.lock_names().map_err(broken)?;
+        let mut nodes = self.nodes()?;
+        let Some(out) = change(&mut nodes) else {
+            return Ok(None);
+        };
+        let mut renamed = false;
+        for listed in self.listed()? {
+            let (domid, node) = (listed.info.domid, name_node(listed.info.domid));
+            let name = nodes.get(&node).map(|name| String::from_utf8_lossy(name));
+            let name = name.unwrap_or_default().into_owned();
+            if name != listed.name.unwrap_or_default() {
+                renamed |= !name.is_empty();
+                self.set_name(domid, name)?;
+            }
+        }
+        let store = &self.host.machine.store;
+        if !store.save_nodes(&nodes).map_err(broken)? {
+            self.state().nodes = nodes;
+        }
+        drop(names);
+        if renamed {
+            phase("renamed");
+        }
+        Ok(Some(out))
+    }
+
+    fn set_name(&self, domid: DomId, name: String) -> Result<(), StoreError> {
+        let renamed = self.host.mock_domain(domid).and_then(|domain| {
+            domain.change("rename", |state| {
+                state.record.name = name;
+                Ok(())
+            })
+        });
+        match renamed {
+            // It has been destroyed in the meantime.
+            Err(error) if error.errno == Errno::ESRCH => Ok(()),
+            renamed => renamed.map_err(broken),
+        }
+    }
+}
+
 impl Xenstore for Face {
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>, StoreError> {
-        Ok(self.state().nodes.get(path).cloned())
+        Ok(self.nodes()?.remove(path))
     }
 
     fn write(&self, path: &str, value: &[u8]) -> Result<(), StoreError> {
-        self.state().nodes.insert(path.to_owned(), value.to_vec());
+        let set = |value: &[u8]| {
+            self.change(|nodes| {
+                nodes.insert(path.to_owned(), value.to_vec());
+                Some(())
+            })
+        };
+        set(value)?;
         let guest = path
             .strip_prefix("/local/domain/")
             .and_then(|rest| rest.strip_suffix("/control/shutdown"))
@@ -32,45 +130,50 @@ impl Xenstore for Face {
             && value == b"suspend"
             && guest.suspend().is_ok()
         {
-            self.state().nodes.insert(path.to_owned(), Vec::new());
+            set(b"")?;
         }
         Ok(())
     }
 
     fn exchange(&self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError> {
-        let mut state = self.state();
-        match state.nodes.get_mut(path) {
+        let exchanged = self.change(|nodes| match nodes.get_mut(path) {
             Some(value) if value == old => {
                 *value = new.to_vec();
-                Ok(true)
+                Some(())
             }
-            _ => Ok(false),
-        }
+            _ => None,
+        });
+        Ok(exchanged?.is_some())
     }
 
     fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
-        Ok(list(&self.state().nodes, path))
+        Ok(list(&self.nodes()?, path))
     }
 
     fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError> {
         // Like xenstored: a conflicting transaction is repeated.
         loop {
-            let before = self.state().nodes.clone();
+            let before = self.nodes()?;
             let mut changed = Changed(before.clone());
             if !work(&mut changed)? {
                 return Ok(());
             }
-            let mut state = self.state();
-            if state.nodes == before {
-                state.nodes = changed.0;
+            let done = self.change(|nodes| {
+                let unchanged = *nodes == before;
+                unchanged.then(|| *nodes = changed.0)
+            });
+            if done?.is_some() {
                 return Ok(());
             }
         }
     }
 
     fn remove(&self, path: &str) -> Result<(), StoreError> {
-        remove(&mut self.state().nodes, path);
-        Ok(())
+        self.change(|nodes| {
+            remove(nodes, path);
+            Some(())
+        })
+        .map(drop)
     }
 
     fn resumed(&self, domid: DomId) -> Result<(), StoreError> {
@@ -82,7 +185,7 @@ impl Xenstore for Face {
 
     fn let_have(&self, path: &str, domid: DomId, _owner: bool) -> Result<(), StoreError> {
         // Guests of the machine read nothing, so only the existence of the node matters.
-        let_have(&self.state().nodes, path, domid)
+        let_have(&self.nodes()?, path, domid)
     }
 
     fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError> {
@@ -100,7 +203,7 @@ impl Xenstore for Face {
 }
 
 /// The nodes as the transaction sees them.
-struct Changed(BTreeMap<String, Vec<u8>>);
+struct Changed(Tree);
 
 impl Nodes for Changed {
     fn read(&mut self, path: &str) -> Result<Option<Vec<u8>>, StoreError> {
@@ -126,7 +229,7 @@ impl Nodes for Changed {
     }
 }
 
-fn let_have(nodes: &BTreeMap<String, Vec<u8>>, path: &str, domid: DomId) -> Result<(), StoreError> {
+fn let_have(nodes: &Tree, path: &str, domid: DomId) -> Result<(), StoreError> {
     let below = format!("{path}/");
     let mut nodes = nodes.keys();
     match nodes.any(|node| node == path || node.starts_with(&below)) {
@@ -136,7 +239,7 @@ fn let_have(nodes: &BTreeMap<String, Vec<u8>>, path: &str, domid: DomId) -> Resu
 }
 
 /// The names of the nodes directly below `path`.
-fn list(nodes: &BTreeMap<String, Vec<u8>>, path: &str) -> Vec<String> {
+fn list(nodes: &Tree, path: &str) -> Vec<String> {
     let below = format!("{path}/");
     let mut names: Vec<String> = nodes
         .range(below.clone()..)
@@ -149,7 +252,7 @@ fn list(nodes: &BTreeMap<String, Vec<u8>>, path: &str) -> Vec<String> {
 }
 
 /// Removes a node and its subtree.
-fn remove(nodes: &mut BTreeMap<String, Vec<u8>>, path: &str) {
+fn remove(nodes: &mut Tree, path: &str) {
     let below = format!("{path}/");
     nodes.retain(|node, _| node != path && !node.starts_with(&below));
 }
