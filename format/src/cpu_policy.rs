@@ -31,7 +31,10 @@ use crate::fields::x86::{Feature, FeatureWord, Register};
 use crate::record::Context;
 use crate::record::x86::{CpuidLeaf, CpuidPolicy, MsrEntry, MsrPolicy};
 
+mod level;
 mod rules;
+
+pub use level::{Level, LevelError, level};
 
 /// The CPU that a guest sees, or the most that a guest could see.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -119,8 +122,59 @@ impl CpuPolicy {
         self.word(feature.word) >> feature.bit & 1 == 1
     }
 
+    /// Removes features.
+    ///
+    /// ```
+    /// use xsr_format::byte_order::ByteOrder;
+    /// use xsr_format::cpu_policy::CpuPolicy;
+    /// use xsr_format::fields::x86::Feature;
+    /// use xsr_format::record::x86::CpuidLeaf;
+    ///
+    /// let pku = Feature::named("pku").ok_or("no such feature")?;
+    /// let leaf = CpuidLeaf { leaf: 7, subleaf: 0, eax: 0, ebx: 0, ecx: 1 << 3, edx: 0 };
+    /// let mut policy = CpuPolicy { leaves: vec![leaf], msrs: Vec::new() };
+    /// assert!(policy.has(pku));
+    /// policy.remove(&[pku]);
+    /// assert!(!policy.has(pku));
+    /// # Ok::<(), &str>(())
+    /// ```
+    pub fn remove(&mut self, features: &[Feature]) {
+        for feature in features {
+            let bit = 1_u64 << feature.bit;
+            match feature.word {
+                FeatureWord::Cpuid {
+                    leaf,
+                    subleaf,
+                    register,
+                } => {
+                    let is_it = |entry: &&mut CpuidLeaf| {
+                        entry.leaf == leaf
+                            && (entry.subleaf == subleaf
+                                || (subleaf == 0 && entry.subleaf == Self::NO_SUBLEAF))
+                    };
+                    let Ok(bit) = u32::try_from(bit) else {
+                        continue;
+                    };
+                    for entry in self.leaves.iter_mut().filter(is_it) {
+                        *match register {
+                            Register::Eax => &mut entry.eax,
+                            Register::Ebx => &mut entry.ebx,
+                            Register::Ecx => &mut entry.ecx,
+                            Register::Edx => &mut entry.edx,
+                        } &= !bit;
+                    }
+                }
+                FeatureWord::Msr { index } => {
+                    for entry in self.msrs.iter_mut().filter(|entry| entry.index == index) {
+                        entry.value &= !bit;
+                    }
+                }
+            }
+        }
+    }
+
     /// The processor's vendor, if the policy names it.
-    fn vendor(&self) -> Option<Vendor> {
+    pub fn vendor(&self) -> Option<Vendor> {
         let leaf = self.leaf(0, 0)?;
         Some(Vendor([leaf.ebx, leaf.edx, leaf.ecx]))
     }
@@ -180,6 +234,13 @@ impl fmt::Display for Area {
         write!(f, "{} bytes at {:#x}", self.bytes, self.offset)
     }
 }
+
+/// Features of HVM and PVH guests that need HAP: Xen takes them away from a guest whose page tables
+/// it shadows (the marks "H" in `cpufeatureset.h`).
+pub const NEEDS_HAP: [&str; 5] = ["pcid", "page1gb", "invpcid", "pku", "pks"];
+
+/// Features that only a guest with nested virtualisation gets.
+pub const NEEDS_NESTED: [&str; 2] = ["vmx", "svm"];
 
 /// Something that a guest's CPU has, and that the guest would lose on a host.
 ///

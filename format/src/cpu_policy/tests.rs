@@ -389,3 +389,100 @@ proptest! {
         }
     }
 }
+
+fn with(features: &[&str]) -> CpuPolicy {
+    let mut policy = CpuPolicy::default();
+    for name in features {
+        let feature = Feature::named(name).unwrap();
+        match feature.word {
+            FeatureWord::Cpuid {
+                leaf,
+                subleaf,
+                register,
+            } => {
+                let bit = 1 << feature.bit;
+                let only = |this: Register| if this == register { bit } else { 0 };
+                policy.leaves.push(CpuidLeaf {
+                    leaf,
+                    subleaf: if leaf == 7 { subleaf } else { u32::MAX },
+                    eax: only(Register::Eax),
+                    ebx: only(Register::Ebx),
+                    ecx: only(Register::Ecx),
+                    edx: only(Register::Edx),
+                });
+            }
+            FeatureWord::Msr { index } => policy.msrs.push(MsrEntry {
+                index,
+                flags: 0,
+                value: 1 << feature.bit,
+            }),
+        }
+    }
+    policy
+}
+
+#[test]
+fn a_level_hides_what_not_all_hosts_have() {
+    let hosts = [
+        with(&["avx2", "pcid", "rdcl-no"]),
+        with(&["avx2", "sse4-2"]),
+        with(&["avx2"]),
+    ];
+    // The last entry of a number counts, so each policy has one feature per leaf.
+    let hidden = level(&hosts).unwrap();
+    let names: Vec<_> = hidden.hidden.iter().filter_map(|f| f.name()).collect();
+    assert_eq!(names, ["pcid", "sse4-2", "rdcl-no"]);
+    let beyond: Vec<_> = hidden.beyond_cpuid().filter_map(Feature::name).collect();
+    assert_eq!(beyond, ["rdcl-no"]);
+    // Bits 17 and 20 of leaf 1's ecx.
+    assert_eq!(
+        hidden.to_string(),
+        r#"cpuid=["0x1:ecx=xxxxxxxxxxx0xx0xxxxxxxxxxxxxxxxx"]"#
+    );
+    let avx512 = level(&[with(&["avx512f"]), with(&[])]).unwrap();
+    assert_eq!(
+        avx512.registers(),
+        ["0x7,0:ebx=xxxxxxxxxxxxxxx0xxxxxxxxxxxxxxxx"]
+    );
+    assert_eq!(level(&[with(&["avx512f"])]).unwrap(), Level::default());
+    assert_eq!(level(&[]).unwrap(), Level::default());
+}
+
+/// What a level leaves is what each of its hosts can give.
+#[test]
+fn a_guest_of_the_level_misses_nothing() {
+    let hosts = [with(&["avx2", "pcid"]), with(&["avx512f", "sse4-2"])];
+    let level = level(&hosts).unwrap();
+    for host in &hosts {
+        let mut guest = host.clone();
+        assert!(hosts.iter().any(|other| !missing(&guest, other).is_empty()));
+        guest.remove(&level.hidden);
+        for other in &hosts {
+            assert_eq!(missing(&guest, other), []);
+        }
+    }
+}
+
+#[test]
+fn hosts_of_two_vendors_have_no_level() {
+    let vendor = |ebx, edx, ecx| CpuPolicy {
+        leaves: vec![CpuidLeaf {
+            leaf: 0,
+            subleaf: u32::MAX,
+            eax: 0,
+            ebx,
+            ecx,
+            edx,
+        }],
+        msrs: Vec::new(),
+    };
+    let intel = vendor(0x756e_6547, 0x4965_6e69, 0x6c65_746e);
+    let amd = vendor(0x6874_7541, 0x6974_6e65, 0x444d_4163);
+    let error = level(&[intel.clone(), amd]).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "one host's processor is of GenuineIntel, another's of AuthenticAMD: no guest moves \
+         between them"
+    );
+    assert!(level(&[intel.clone(), intel]).is_ok());
+}
