@@ -41,6 +41,22 @@ pub struct DomainConfig {
     pub max_memory_kib: u64,
     /// `b_info.video_memkb`, which is added to the domain's memory; 0 by default.
     pub video_memory_kib: u64,
+    /// `b_info.target_memkb`: what the domain begins with. Less than `max_memory_kib` for a guest
+    /// that is populated on demand (PoD) or ballooned down.
+    pub target_memory_kib: Option<u64>,
+    /// `b_info.shadow_memkb`: what Xen needs besides for its page tables.
+    pub shadow_memory_kib: Option<u64>,
+    /// `c_info.hap`; `None` if the host decides.
+    pub hap: Option<bool>,
+    /// `b_info.nested_hvm`: whether the guest may run guests.
+    pub nested: bool,
+    /// `b_info.disable_migrate` (xl's `nomigrate`).
+    pub nomigrate: bool,
+    /// Number of `b_info.vnuma_nodes`, which libxl refuses to save.
+    pub vnuma_nodes: u64,
+    /// Devices of the host that the guest has (`pcidevs`, `dtdevs`, `usbdevs`): libxl's name of
+    /// each list that is not empty, and its length.
+    pub passthrough: Vec<(&'static str, u64)>,
 }
 
 /// The kind of domain that a configuration names.
@@ -122,6 +138,16 @@ impl DomainConfig {
         })?;
         let text = |at: &str| Some(value.pointer(at)?.as_str()?.to_owned());
         let number = |at: &str| value.pointer(at).and_then(Value::as_u64);
+        let length = |at: &str| {
+            let list = value.pointer(at).and_then(Value::as_array);
+            list.map_or(0, |list| list.len() as u64)
+        };
+        // libxl's `defbool`; absent or `<default>` if libxl decides.
+        let boolean = |at: &str| match value.pointer(at)?.as_str()? {
+            "True" => Some(true),
+            "False" => Some(false),
+            _ => None,
+        };
         let missing = |key| ConfigError::Missing { key };
         let kind = match text("/c_info/type") {
             None => return Err(missing("c_info.type")),
@@ -150,6 +176,19 @@ impl DomainConfig {
             max_memory_kib: number("/b_info/max_memkb")
                 .ok_or_else(|| missing("b_info.max_memkb"))?,
             video_memory_kib: number("/b_info/video_memkb").unwrap_or(0),
+            target_memory_kib: number("/b_info/target_memkb"),
+            shadow_memory_kib: number("/b_info/shadow_memkb"),
+            hap: boolean("/c_info/hap"),
+            nested: boolean("/b_info/nested_hvm")
+                .or_else(|| boolean("/b_info/type.hvm/nested_hvm"))
+                .unwrap_or(false),
+            nomigrate: boolean("/b_info/disable_migrate").unwrap_or(false),
+            vnuma_nodes: length("/b_info/vnuma_nodes"),
+            passthrough: ["pcidevs", "dtdevs", "usbdevs"]
+                .into_iter()
+                .map(|list| (list, length(&format!("/{list}"))))
+                .filter(|(_, devices)| *devices > 0)
+                .collect(),
         })
     }
 

@@ -98,6 +98,7 @@ pub mod inherited;
 pub mod migrate;
 pub mod pace;
 mod pipeline;
+pub mod plan;
 pub mod progress;
 pub mod restore;
 pub mod save;

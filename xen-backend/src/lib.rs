@@ -80,6 +80,13 @@ pub struct XenVersion {
     pub minor: u16,
 }
 
+impl fmt::Display for XenVersion {
+    /// `4.17`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
 /// How a guest is virtualised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "mock", derive(Serialize, Deserialize))]

@@ -1,0 +1,475 @@
+//! Whether a domain fits on a host, before anything is touched.
+//!
+//! Xen itself checks next to nothing: it silently clears CPU features that the host lacks, and a
+//! restore that runs out of memory has already taken most of it. A plan compares what a domain
+//! needs ([`Needs`]) with what a host has ([`HostFacts`]). The facts can come from another host: a
+//! caller carries them there.
+//!
+//! ```
+//! use xsr_save_restore::plan::{Answer, HostFacts, Needs, Subject, plan};
+//! use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+//! use xsr_xen_backend::{Host, GuestKind};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! let host = MockHost::create(&dir.path().join("a"), &HostConfig::default())?;
+//! let domid = host.add_guest("web", &GuestSpec::new(GuestKind::Pvh, 2048))?;
+//! let needs = Needs::of_domain(&*host.domain(domid)?)?;
+//!
+//! let without = HostConfig { processor: "-avx2".parse()?, ..HostConfig::default() };
+//! let other = MockHost::create(&dir.path().join("b"), &without)?;
+//! let checks = plan(&needs, &HostFacts::of(&other)?);
+//! let cpu = checks.iter().find(|check| check.subject == Subject::Cpu).ok_or("no check")?;
+//! assert_eq!(cpu.answer, Answer::No);
+//! assert!(cpu.text.contains("AVX2"));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! C implementation: none.
+
+use std::fmt;
+
+use xsr_format::cpu_policy::{self, CpuPolicy, Missing, NEEDS_HAP, NEEDS_NESTED};
+use xsr_format::fields::x86::Feature;
+use xsr_format::survey::Survey;
+use xsr_xen_backend::{
+    BackendError, CpuPolicy as Bytes, Domain, GuestKind, Host, PhysInfo, XenVersion,
+};
+
+use crate::guest::refused;
+
+/// What a host has for its domains.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostFacts {
+    /// The version of Xen.
+    pub xen: XenVersion,
+    /// Memory, clock and capabilities.
+    pub physinfo: PhysInfo,
+    /// The most that a PV guest can see of the processor; `None` if there are no such guests.
+    pub pv: Option<CpuPolicy>,
+    /// The same for HVM and PVH guests.
+    pub hvm: Option<CpuPolicy>,
+}
+
+impl HostFacts {
+    /// Asks a host.
+    ///
+    /// # Errors
+    ///
+    /// The hypervisor refuses.
+    pub fn of(host: &dyn Host) -> Result<Self, BackendError> {
+        let physinfo = host.physinfo()?;
+        let most = |there: bool, kind| match there {
+            true => host.max_cpu_policy(kind).map(parse),
+            false => Ok(None),
+        };
+        Ok(Self {
+            xen: host.xen_version()?,
+            pv: most(physinfo.pv, GuestKind::Pv)?,
+            hvm: most(physinfo.hvm, GuestKind::Hvm)?,
+            physinfo,
+        })
+    }
+
+    /// The most that a guest of this kind can see of the processor.
+    pub fn largest_policy(&self, kind: GuestKind) -> Option<&CpuPolicy> {
+        match kind.is_translated() {
+            true => self.hvm.as_ref(),
+            false => self.pv.as_ref(),
+        }
+    }
+}
+
+/// `None` for a policy that ends inside an entry, as no Xen gives it.
+fn parse(policy: Bytes) -> Option<CpuPolicy> {
+    CpuPolicy::parse(&policy.leaves, &policy.msrs).ok()
+}
+
+/// What a domain needs of a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Needs {
+    /// Its kind.
+    pub kind: GuestKind,
+    /// Number of vcpus.
+    pub vcpus: u32,
+    /// Pages that have memory.
+    pub pages: u64,
+    /// KiB that Xen needs besides for its page tables; `None` for what libxl would set.
+    pub shadow_memory_kib: Option<u64>,
+    /// The CPU that the guest has seen. Empty if that is not known.
+    pub cpu: CpuPolicy,
+    /// Frequency of the TSC that the guest has seen, in kHz; 0 if that is not known.
+    pub tsc_khz: u32,
+    /// Whether the guest always sees the processor's own TSC (`tsc_mode="native"`).
+    pub tsc_native: bool,
+    /// The Xen that the guest comes from.
+    pub xen: Option<XenVersion>,
+    /// Whether the guest shall have HAP; `None` if the host decides.
+    pub hap: Option<bool>,
+    /// Whether the guest runs guests itself.
+    pub nested: bool,
+}
+
+/// `TSC_MODE_NEVER_EMULATE` of `xen/arch/x86/include/asm/time.h`.
+const TSC_NATIVE: u32 = 2;
+
+impl Needs {
+    /// What a domain on this machine needs.
+    ///
+    /// # Errors
+    ///
+    /// The hypervisor refuses.
+    pub fn of_domain(domain: &dyn Domain) -> Result<Self, BackendError> {
+        let info = domain.info()?;
+        let tsc = domain.tsc_info()?;
+        Ok(Self {
+            kind: info.kind,
+            vcpus: info.max_vcpu_id.saturating_add(1),
+            pages: info.tot_pages,
+            shadow_memory_kib: None,
+            cpu: parse(domain.cpu_policy()?).unwrap_or_default(),
+            tsc_khz: tsc.khz,
+            tsc_native: tsc.mode == TSC_NATIVE,
+            xen: Some(domain.xen_version()?),
+            hap: None,
+            nested: false,
+        })
+    }
+
+    /// What the domain in an image needs, as a domain of this kind.
+    pub fn of_image(survey: &Survey, kind: GuestKind) -> Self {
+        let guest = &survey.guest;
+        let xen = survey.xen().and_then(|(major, minor)| {
+            Some(XenVersion {
+                major: major.try_into().ok()?,
+                minor: minor.try_into().ok()?,
+            })
+        });
+        Self {
+            kind,
+            vcpus: survey.vcpus(),
+            pages: survey.populated_pages,
+            shadow_memory_kib: None,
+            cpu: CpuPolicy {
+                leaves: guest.cpuid().to_vec(),
+                msrs: guest.msrs().to_vec(),
+            },
+            tsc_khz: guest.tsc().map_or(0, |tsc| tsc.khz),
+            tsc_native: guest.tsc().is_some_and(|tsc| tsc.mode == TSC_NATIVE),
+            xen,
+            hap: None,
+            nested: false,
+        }
+    }
+
+    /// Pages that Xen needs besides the guest's own.
+    ///
+    /// C implementation: `libxl__get_required_paging_memory` in `tools/libs/light/libxl_create.c`, and
+    /// for the domain itself `libxl_domain_need_memory`.
+    pub fn overhead_pages(&self) -> u64 {
+        const DOMAIN_KIB: u64 = 2048;
+        let mib = self.pages.div_ceil(256);
+        let tables = match (self.shadow_memory_kib, self.kind.is_translated()) {
+            (Some(kib), true) => kib,
+            (None, true) => {
+                let vcpus = u64::from(self.vcpus).saturating_mul(256);
+                vcpus
+                    .saturating_add(mib.saturating_mul(2))
+                    .saturating_mul(4)
+            }
+            (_, false) => 0,
+        };
+        tables.saturating_add(DOMAIN_KIB).div_ceil(4)
+    }
+}
+
+/// What a check is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Subject {
+    /// Whether the host runs guests of this kind.
+    Kind,
+    /// The number of vcpus.
+    Vcpus,
+    /// CPUID leaves and MSRs.
+    Cpu,
+    /// The frequency of the TSC.
+    Tsc,
+    /// Free memory.
+    Memory,
+    /// Versions of Xen.
+    Xen,
+}
+
+impl Subject {
+    /// A word for it, in text and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kind => "kind",
+            Self::Vcpus => "vcpus",
+            Self::Cpu => "cpu",
+            Self::Tsc => "tsc",
+            Self::Memory => "memory",
+            Self::Xen => "xen",
+        }
+    }
+}
+
+/// The result of a check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Answer {
+    /// It fits.
+    Yes,
+    /// It works, but not as before.
+    Warning,
+    /// What is needed to tell is missing.
+    Unknown,
+    /// It does not fit.
+    No,
+}
+
+impl Answer {
+    /// A word for it, in text and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Yes => "yes",
+            Self::Warning => "warning",
+            Self::Unknown => "unknown",
+            Self::No => "no",
+        }
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// One comparison, and its result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// What it is about.
+    pub subject: Subject,
+    /// Whether it fits.
+    pub answer: Answer,
+    /// The reason, with both sides' values.
+    pub text: String,
+    /// The parts of the CPU that are missing, for [`Subject::Cpu`].
+    pub missing: Vec<Missing>,
+}
+
+impl Check {
+    fn new(subject: Subject, answer: Answer, text: String) -> Self {
+        Self {
+            subject,
+            answer,
+            text,
+            missing: Vec::new(),
+        }
+    }
+}
+
+/// Compares what a domain needs with what a host has. Every check is made, whatever the others
+/// say.
+pub fn plan(needs: &Needs, host: &HostFacts) -> Vec<Check> {
+    vec![
+        kind(needs, host),
+        vcpus(needs),
+        cpu(needs, host),
+        tsc(needs, host),
+        memory(needs, host),
+        xen(needs, host),
+    ]
+}
+
+fn kind(needs: &Needs, host: &HostFacts) -> Check {
+    let name = needs.kind.name();
+    let there = match needs.kind.is_translated() {
+        true => host.physinfo.hvm,
+        false => host.physinfo.pv,
+    };
+    let hap = host.physinfo.hap || host.physinfo.shadow;
+    let (answer, text) = match (there, needs.kind.is_translated() && !hap) {
+        (false, _) => (Answer::No, format!("this Xen runs no {name} guests")),
+        (true, true) => {
+            let why = "it has neither HAP nor shadow paging for their page tables";
+            (Answer::No, format!("this Xen runs no {name} guests: {why}"))
+        }
+        (true, false) => (Answer::Yes, format!("this Xen runs {name} guests")),
+    };
+    Check::new(Subject::Kind, answer, text)
+}
+
+fn vcpus(needs: &Needs) -> Check {
+    let (has, most) = (needs.vcpus, needs.kind.max_vcpus());
+    let answer = match has <= most {
+        true => Answer::Yes,
+        false => Answer::No,
+    };
+    let name = needs.kind.name();
+    let text = format!("{has} of at most {most} that a {name} guest can have");
+    Check::new(Subject::Vcpus, answer, text)
+}
+
+/// In a text, features beyond this number are only counted; [`Check::missing`] has them all.
+const MOST_NAMES: usize = 16;
+
+fn cpu(needs: &Needs, host: &HostFacts) -> Check {
+    let check = |answer, text: String| Check::new(Subject::Cpu, answer, text);
+    if needs.cpu.leaves.is_empty() && needs.cpu.msrs.is_empty() {
+        let why = "no CPU policy is known, as in images of Xen before 4.14: the guest gets this \
+                   host's, and may crash if it has seen more";
+        return check(Answer::Unknown, why.to_owned());
+    }
+    let Some(most) = host.largest_policy(needs.kind) else {
+        let name = needs.kind.name();
+        return check(
+            Answer::Unknown,
+            format!("this Xen does not say what a {name} guest can see"),
+        );
+    };
+    let mut most = most.clone();
+    let shadow = needs.kind.is_translated() && !(host.physinfo.hap && needs.hap != Some(false));
+    if shadow {
+        most.remove(&named(&NEEDS_HAP));
+    }
+    if !needs.nested {
+        most.remove(&named(&NEEDS_NESTED));
+    }
+    let missing = cpu_policy::missing(&needs.cpu, &most);
+    if missing.is_empty() {
+        return check(
+            Answer::Yes,
+            "the host has all that the guest has seen".to_owned(),
+        );
+    }
+    let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
+    let shadowed = match shadow {
+        true => " (shadow paging takes away what needs HAP)",
+        false => "",
+    };
+    let list = refused::list(&names, MOST_NAMES);
+    Check {
+        missing,
+        ..check(
+            Answer::No,
+            format!("the guest has seen what the host lacks{shadowed}: {list}"),
+        )
+    }
+}
+
+fn named(names: &[&str]) -> Vec<Feature> {
+    names
+        .iter()
+        .filter_map(|name| Feature::named(name))
+        .collect()
+}
+
+/// C implementation: `tsc_set_info` in `xen/arch/x86/time.c`.
+fn tsc(needs: &Needs, host: &HostFacts) -> Check {
+    let (seen, has) = (needs.tsc_khz, host.physinfo.cpu_khz);
+    let (answer, text) = if needs.tsc_native && seen == 0 {
+        (
+            Answer::Unknown,
+            "the guest reads the processor's own TSC, whose frequency may differ".to_owned(),
+        )
+    } else if seen == 0 || has == 0 {
+        (Answer::Unknown, "no frequency is known".to_owned())
+    } else if seen == has {
+        (Answer::Yes, format!("{has} kHz, as the guest has seen it"))
+    } else if needs.tsc_native {
+        let why = "never emulated: its clock may run wrong";
+        (
+            Answer::Warning,
+            format!("the guest has seen {seen} kHz, the host has {has} kHz, and the TSC is {why}"),
+        )
+    } else {
+        (
+            Answer::Warning,
+            format!(
+                "the guest has seen {seen} kHz, the host has {has} kHz: the processor scales the \
+                 TSC if it can, otherwise Xen emulates each read, which is slower"
+            ),
+        )
+    };
+    Check::new(Subject::Tsc, answer, text)
+}
+
+fn memory(needs: &Needs, host: &HostFacts) -> Check {
+    let overhead = needs.overhead_pages();
+    let needed = needs.pages.saturating_add(overhead);
+    let available = host.physinfo.available_pages();
+    let mib = |pages: u64| pages.div_ceil(256);
+    let claimed = match host.physinfo.outstanding_pages {
+        0 => String::new(),
+        pages => format!(" ({} MiB more are claimed for other domains)", mib(pages)),
+    };
+    let needs = format!(
+        "the guest needs {} MiB and Xen {} MiB for it",
+        mib(needs.pages),
+        mib(overhead)
+    );
+    let (answer, text) = match needed <= available {
+        true => (
+            Answer::Yes,
+            format!("{needs}; {} MiB are free{claimed}", available / 256),
+        ),
+        false => (
+            Answer::No,
+            format!(
+                "{needs}, but only {} MiB are free{claimed}; a toolstack may take more from the \
+                 control domain, if it is set to",
+                available / 256
+            ),
+        ),
+    };
+    Check::new(Subject::Memory, answer, text)
+}
+
+/// Xen 4.21.0 and 4.21.1 lose r8 to r15 of PV guests that they save (9f892f84c2, mended by
+/// d5ad2233bb).
+const LOSES_REGISTERS: XenVersion = XenVersion {
+    major: 4,
+    minor: 21,
+};
+
+fn xen(needs: &Needs, host: &HostFacts) -> Check {
+    let here = host.xen;
+    let has = |xen: XenVersion| xen == LOSES_REGISTERS;
+    let (answer, text) = match needs.xen {
+        None => (
+            Answer::Unknown,
+            format!("this is Xen {here}; which one the guest comes from is not known"),
+        ),
+        Some(xen) if has(xen) && needs.kind == GuestKind::Pv => (
+            Answer::Warning,
+            format!(
+                "the guest comes from Xen {xen}, whose first releases (.0 and .1) save a 64-bit PV \
+                 guest without its registers r8 to r15"
+            ),
+        ),
+        Some(_) if has(here) => (
+            Answer::Warning,
+            format!(
+                "this is Xen {here}, whose first releases (.0 and .1) zero the registers r8 to r15 \
+                 of a guest that is resumed here (save -c, Remus, a migration that is cancelled)"
+            ),
+        ),
+        Some(xen) if (xen.major, xen.minor) > (here.major, here.minor) => (
+            Answer::Warning,
+            format!(
+                "the guest comes from Xen {xen}, and this is {here}: a move to an older Xen is not \
+                 supported by the Xen project"
+            ),
+        ),
+        Some(xen) => (
+            Answer::Yes,
+            format!("the guest comes from Xen {xen}, and this is {here}"),
+        ),
+    };
+    Check::new(Subject::Xen, answer, text)
+}
+
+#[cfg(test)]
+mod tests;
