@@ -18,6 +18,7 @@ pub(crate) use self::mock::{
     MockArgs, MockCommand, MockCreateArgs, MockDomainArgs, MockEnd, MockKind, MockListArgs,
     MockNewHostArgs, MockRenameArgs, MockShowArgs, MockWorkloadArgs, WorkloadArgs,
 };
+pub(crate) use self::plan::PlanArgs;
 pub(crate) use self::remus::{OnLoss, RemusArgs};
 pub(crate) use self::session::{CompressArg, OfferArgs, PortsArg, SessionArgs, TlsArg};
 pub(crate) use self::tunnel::TunnelArgs;
@@ -31,6 +32,8 @@ mod machine;
 mod migrate;
 #[path = "args/mock.rs"]
 mod mock;
+#[path = "args/plan.rs"]
+mod plan;
 #[path = "args/remus.rs"]
 mod remus;
 #[path = "args/session.rs"]
@@ -122,6 +125,7 @@ pub(crate) enum Command {
     Export(ExportArgs),
     Edit(EditArgs),
     Cat(CatArgs),
+    Plan(PlanArgs),
     Mock(MockArgs),
     Demo(DemoArgs),
 }
@@ -153,6 +157,7 @@ impl Command {
                 | MockCommand::Resume(args)
                 | MockCommand::Destroy(args) => args.json,
             },
+            Self::Plan(args) => args.json || args.facts,
             Self::Demo(args) => args.json,
             Self::Cat(_) | Self::Tunnel(_) => false,
         }

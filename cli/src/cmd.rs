@@ -10,6 +10,7 @@ mod inspect;
 pub(crate) mod migrate;
 mod migrate_receive;
 mod mock;
+mod plan;
 mod remus;
 mod restore;
 pub(crate) mod save;
@@ -40,6 +41,7 @@ pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code>
         Command::MigrateReceive(args) => migrate_receive::run(&args, terminal),
         Command::Tunnel(args) => tunnel::run(&args, terminal),
         Command::Remus(args) => remus::run(&args, terminal),
+        Command::Plan(args) => plan::run(&args, terminal),
         Command::Mock(args) => mock::run(&args.command, terminal),
         Command::Demo(args) => demo::run(&args, terminal),
     }

@@ -273,7 +273,8 @@ impl Link {
     }
 }
 
-fn ended(status: ExitStatus) -> String {
+/// How a command ended, in words.
+pub(crate) fn ended(status: ExitStatus) -> String {
     match status.code() {
         Some(code) => format!("ended with exit code {code}"),
         None => format!("ended: {status}"),

@@ -199,6 +199,8 @@ pub enum Subject {
     Memory,
     /// Versions of Xen.
     Xen,
+    /// What the domain's configuration says, which a caller checks.
+    Configuration,
 }
 
 impl Subject {
@@ -211,6 +213,7 @@ impl Subject {
             Self::Tsc => "tsc",
             Self::Memory => "memory",
             Self::Xen => "xen",
+            Self::Configuration => "config",
         }
     }
 }
@@ -260,7 +263,8 @@ pub struct Check {
 }
 
 impl Check {
-    fn new(subject: Subject, answer: Answer, text: String) -> Self {
+    /// A check without [`Check::missing`].
+    pub const fn new(subject: Subject, answer: Answer, text: String) -> Self {
         Self {
             subject,
             answer,
@@ -308,7 +312,7 @@ fn vcpus(needs: &Needs) -> Check {
         false => Answer::No,
     };
     let name = needs.kind.name();
-    let text = format!("{has} of at most {most} that a {name} guest can have");
+    let text = format!("{has}; {name} guests can have {most}");
     Check::new(Subject::Vcpus, answer, text)
 }
 
@@ -326,7 +330,7 @@ fn cpu(needs: &Needs, host: &HostFacts) -> Check {
         let name = needs.kind.name();
         return check(
             Answer::Unknown,
-            format!("this Xen does not say what a {name} guest can see"),
+            format!("this Xen does not say what {name} guests can see"),
         );
     };
     let mut most = most.clone();

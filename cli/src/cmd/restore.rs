@@ -9,7 +9,7 @@ mod made;
 mod plan;
 mod settings;
 mod source;
-mod survey;
+pub(crate) mod survey;
 
 use std::num::NonZeroUsize;
 use std::time::Instant;

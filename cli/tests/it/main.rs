@@ -30,6 +30,7 @@ mod onto;
 mod outputs;
 mod packed;
 mod peer;
+mod plan;
 mod progress;
 mod remus;
 mod rework;

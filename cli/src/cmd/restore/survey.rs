@@ -12,7 +12,7 @@ use crate::exit::BadImage;
 use crate::file::Input;
 
 /// Surveys an image.
-pub(super) fn of(input: &Input, lenient: bool) -> Result<Survey> {
+pub(crate) fn of(input: &Input, lenient: bool) -> Result<Survey> {
     let options = ReadOptions { lenient, offset: 0 };
     survey(&input.image, options)
         .map_err(|error| match error {
@@ -30,7 +30,7 @@ fn survey(image: &StorageCursor, options: ReadOptions) -> Result<Survey, SurveyE
 }
 
 /// The kind of domain that a surveyed image needs. PVH guests have no emulator.
-pub(super) fn kind(survey: &Survey) -> Result<GuestKind> {
+pub(crate) fn kind(survey: &Survey) -> Result<GuestKind> {
     match survey.kind() {
         Some(DomainKind::Pv(_)) => Ok(GuestKind::Pv),
         Some(DomainKind::Hvm {
