@@ -29,14 +29,13 @@ fn an_image_and_its_domain_fit_where_they_come_from() {
         run(["save", "-c", &backend(&host), "web", arg(&image)]).code(0);
         facts(&host, &here);
         let xen = format!("--backend=mock-xen:{}", arg(&host));
+        let ran = run(["plan", arg(&image), &xen]).code(0);
+        ran.stdout_has(": fits on mock-xen:");
         for guest in ["web", arg(&image)] {
-            for on in [vec![backend(&host)], vec![xen.clone()]] {
-                let on = on.iter().map(String::as_str);
-                let ran = run(["plan", guest].into_iter().chain(on)).code(0);
-                let ran = ran.stdout_has(&format!("{guest}: fits on mock"));
-                assert!(!ran.stdout.contains(" no "), "{kind}: {ran:?}");
-                assert_eq!(ran.stdout.matches(" yes ").count(), 7, "{kind}: {ran:?}");
-            }
+            let ran = run(["plan", guest, &backend(&host)]).code(0);
+            let ran = ran.stdout_has(&format!("{guest}: fits on mock:"));
+            assert!(!ran.stdout.contains(" no "), "{kind}: {ran:?}");
+            assert_eq!(ran.stdout.matches(" yes ").count(), 7, "{kind}: {ran:?}");
             let ran = run(["plan", "--json", &backend(&host), guest, "--on", arg(&here)]).code(0);
             assert_eq!(ran.json()["fits"], true);
             for check in ["kind", "vcpus", "cpu", "tsc", "memory", "xen", "config"] {
@@ -239,7 +238,7 @@ fn facts_that_are_none() {
         "--on",
         "other",
         "-s",
-        "exit 5;",
+        "sh -c 'exit 5'",
     ];
     run(failing)
         .code(1)
