@@ -1,5 +1,7 @@
 //! Wording shared by commands: numbers, sizes, ranges, and escaped text from outside.
 
+// Named, because a fuzz target includes this file from another place.
+#[path = "text/locale.rs"]
 mod locale;
 
 use std::fmt;
