@@ -238,6 +238,12 @@ pub trait StorageWriter: Write + fmt::Debug + Send + Sync {
     /// be removed again.
     fn is_straight(&self) -> bool;
 
+    /// Whether bytes that have not been written read as zeros. On a device they are what was there
+    /// before.
+    fn is_blank(&self) -> bool {
+        true
+    }
+
     /// Writes all of `bytes` at `offset`; a gap between the end and `offset` becomes a hole.
     /// Several threads may do this at once, in ranges that do not overlap.
     ///

@@ -323,6 +323,11 @@ impl Control {
         self.ask(&Line::Prepare, "\"prepare:\"", Some(PREPARE_LIMIT))
     }
 
+    /// The guest runs while it is saved, although xenopsd does not know.
+    pub(crate) fn goes_live(&self) {
+        self.note(Note::Live);
+    }
+
     /// Has xenopsd suspend the guest. xenopsd may take more than 20 minutes, and hangs up by itself
     /// when it gives up.
     pub(crate) fn suspend(&self) -> Result<(), End> {

@@ -20,6 +20,7 @@ use std::io::{self, PipeReader, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -39,10 +40,14 @@ use crate::{FAILED, Open, REFUSED, log, toolstack};
 const ENGINE: &str = "-engine";
 /// This program, even if its file has been replaced since it started.
 const THIS_PROGRAM: &str = "/proc/self/exe";
+/// How long xenopsd may take to read the lines before the last one.
+const TELLING: Duration = Duration::from_secs(60);
 
 /// A note from the engine to its guardian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Note {
+    /// A save that xenopsd did not ask to be live is: dirty logs may be on from now on.
+    Live,
     /// xenopsd is about to be asked to suspend the guest: from now on the guest may be suspended.
     Suspending,
     /// xenopsd is about to be told the result: the guest may now be its business, or run elsewhere.
@@ -52,10 +57,11 @@ pub(crate) enum Note {
 }
 
 impl Note {
-    const ALL: [Self; 3] = [Self::Suspending, Self::Result, Self::Told];
+    const ALL: [Self; 4] = [Self::Live, Self::Suspending, Self::Result, Self::Told];
 
     fn byte(self) -> u8 {
         match self {
+            Self::Live => b'l',
             Self::Suspending => b's',
             Self::Result => b'r',
             Self::Told => b't',
@@ -157,13 +163,29 @@ pub(crate) fn watch(
     log::say(format_args!("the engine ended unexpectedly: {how}"));
     let what_of_it = undo(args, &noted, open);
     let text = format!("the engine ended unexpectedly: {how}{what_of_it}");
-    let told = control_out
-        .try_clone()
-        .and_then(|fd| File::from(fd).write_all(&Line::Error(&text).encode()));
+    let told = tell(control_out, &Line::Error(&text).encode(), TELLING);
     if let Err(error) = told {
         log::say(format_args!("xenopsd does not hear: {error}"));
     }
     Some(FAILED.into())
+}
+
+/// Writes a line as soon as the pipe has room. xenopsd reads lines at any time, unless it hangs:
+/// the guardian must not hang with it.
+fn tell(pipe: &OwnedFd, line: &[u8], limit: Duration) -> io::Result<()> {
+    let until = Instant::now() + limit;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut fds, timeout) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            // A pipe with room has room for a whole line, and no other process writes to it.
+            Ok(_) => return File::from(pipe.try_clone()?).write_all(line),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
 }
 
 /// Cleans up after an engine that was killed; returns what to add to the message.
@@ -175,6 +197,7 @@ fn undo(args: &Args, noted: &[Note], open: Open) -> &'static str {
         // xenopsd may have the result, and the guest may run elsewhere by now.
         return "";
     }
+    let live = live || noted.contains(&Note::Live);
     let suspended = noted.contains(&Note::Suspending);
     match toolstack::undo_save(args, live, suspended, open) {
         Ok(()) => "; the guest runs on",
@@ -272,5 +295,48 @@ fn how(status: ExitStatus) -> String {
         (Some(signal), _) => format!("killed by {signal}"),
         (None, Some(101)) => "it panicked; syslog has the message".to_owned(),
         (None, code) => format!("exit code {}", code.unwrap_or_default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use nix::fcntl::OFlag;
+
+    use super::*;
+
+    /// A pipe without room for a byte.
+    fn full() -> (PipeReader, OwnedFd) {
+        let (from, to) = io::pipe().unwrap();
+        let to = OwnedFd::from(to);
+        fcntl(&to, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        while nix::unistd::write(&to, &[b'.'; 4096]).is_ok() {}
+        fcntl(&to, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        (from, to)
+    }
+
+    #[test]
+    fn a_pipe_that_nothing_reads_does_not_stop_the_guardian() {
+        let (_from, to) = full();
+        let error = tell(&to, b"error:x\n", Duration::from_millis(20)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn a_line_is_written_once_there_is_room_and_an_error_once_the_pipe_is_closed() {
+        let (mut from, to) = full();
+        let reader = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            from.read_to_end(&mut all).unwrap();
+            all
+        });
+        tell(&to, b"error:x\n", TELLING).unwrap();
+        drop(to);
+        assert!(reader.join().unwrap().ends_with(b"error:x\n"));
+        let (from, to) = full();
+        drop(from);
+        let error = tell(&to, b"error:x\n", TELLING).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 }

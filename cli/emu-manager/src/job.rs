@@ -16,6 +16,7 @@ use crate::Open;
 use crate::args::{Args, Mode};
 use crate::backend::Backend;
 use crate::control::{Control, End};
+use crate::disk::Disk;
 use crate::line::Line;
 use crate::platform::Platform;
 use crate::progress::Percent;
@@ -80,7 +81,6 @@ fn save(
     platform.check_may_move()?;
     let mut policy = platform.policy()?;
     let xen = backend.host().xen_version()?;
-    let mut sink = FdSink::cancellable(stream, control.cancel().clone())?;
     let mut toolstack = Saving {
         control,
         domain,
@@ -94,6 +94,18 @@ fn save(
         tracing::info!("the stream is not compressed: the other end may not know how");
     }
     control.prepare().map_err(ended)?;
+    // xenopsd has written the head of the record: the stream begins at the descriptor's position.
+    let disk = match !live && platform.live_suspend()? {
+        true => Disk::of(&stream)?,
+        false => None,
+    };
+    let live = live || disk.is_some();
+    if disk.is_some() {
+        toolstack.live = true;
+        control.goes_live();
+        tracing::info!("the guest runs while its memory is written");
+    }
+    let image = disk.as_ref().map(Disk::image);
     let mut percent = Percent::default();
     let mut on_progress = |progress: &Progress| {
         if let Some(percent) = percent.next(progress) {
@@ -110,7 +122,27 @@ fn save(
             verify: false,
         });
     }
-    let saved = request.write_stream(&mut toolstack, &mut sink)?;
+    let saved = match &image {
+        Some(image) => request.write_mapped(&mut toolstack, image)?,
+        None => {
+            let mut sink = FdSink::cancellable(stream, control.cancel().clone())?;
+            request.write_stream(&mut toolstack, &mut sink)?
+        }
+    };
+    if let Some(image) = image {
+        let finished = image.finish(None, &mut || control.cancel().check());
+        let ended = match (finished, disk) {
+            (Err(error), _) => Err(error.into()),
+            (Ok(stats), Some(disk)) => disk.end_at(stats.image_bytes),
+            (Ok(_), None) => Ok(()),
+        };
+        if let Err(error) = ended {
+            saved
+                .resume()
+                .with_context(|| format!("{error:#}, and the guest is still suspended"))?;
+            return Err(error);
+        }
+    }
     let stats = saved.stats();
     tracing::info!(
         "saved in {} passes and a last one: {} MiB, suspended for {} ms",

@@ -16,6 +16,7 @@
 mod args;
 mod backend;
 mod control;
+mod disk;
 mod guardian;
 mod job;
 mod line;

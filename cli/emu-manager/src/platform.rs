@@ -4,6 +4,7 @@
 //! | key | |
 //! |---|---|
 //! | `nomigrate` | a save is refused if it is `true` or a number other than 0 |
+//! | `xsr-live-suspend` | a suspend into a file or disk is live unless it is `false` or 0 |
 //! | `xsr-max-downtime` | for a live save, in milliseconds; `xen` for Xen's own rule |
 //! | `vcpu/number`, `vcpu/I/affinity` | the processors that vcpu I may run on: 0 or 1 for each |
 //! | `vcpu/weight`, `vcpu/cap` | for the credit scheduler |
@@ -77,6 +78,25 @@ impl<'b> Platform<'b> {
         let fixed = self.flag("nomigrate")?;
         ensure!(!fixed, "d{} is flagged as not being mobile", self.domid.0);
         Ok(())
+    }
+
+    /// Whether the guest may run while its memory is written to a file or disk.
+    ///
+    /// # Errors
+    ///
+    /// xenstore cannot be read.
+    pub(crate) fn live_suspend(&self) -> Result<bool> {
+        const KEY: &str = "xsr-live-suspend";
+        let text = self.text(KEY)?.unwrap_or_default();
+        let known =
+            text.is_empty() || text.eq_ignore_ascii_case("true") || integer(&text).is_some();
+        let off = text.eq_ignore_ascii_case("false") || integer(&text) == Some(0);
+        if !known && !off {
+            tracing::warn!(
+                "platform/{KEY} in xenstore is ignored: {text:?} is neither true nor false"
+            );
+        }
+        Ok(!off)
     }
 
     /// The policy that decides when a live save suspends the guest.

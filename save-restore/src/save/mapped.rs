@@ -36,6 +36,9 @@ pub(in crate::save) use self::parts::{Extent, Part};
 pub struct MappedOptions {
     /// Whether it contains the digest of each page, besides those of records: 16 bytes for each.
     pub page_digests: bool,
+    /// Whether nothing of ours follows the image: neither the index nor the footer. The image is
+    /// then not synced either.
+    pub without_index: bool,
 }
 
 /// Statistics of the image.
@@ -52,8 +55,8 @@ pub struct MappedStats {
     pub zero_pages: u64,
     /// Pages that were moved at the end to slots that had become free.
     pub moved_pages: u64,
-    /// Whether the file has its index. Only one in the xl header can be missing, because it outgrew
-    /// its room: a live save of a guest that took much new memory.
+    /// Whether the file has its index. It is missing if the options say so, and in an xl header that
+    /// it outgrew: a live save of a guest that took much new memory.
     pub has_index: bool,
 }
 
@@ -81,6 +84,8 @@ struct State {
     frozen: bool,
     /// Ranges of zeros that were written meanwhile, which become holes at the end.
     zeroed: Vec<Range<u64>>,
+    /// Slots that were never written hold something else than zeros.
+    stale: bool,
 }
 
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
@@ -140,7 +145,10 @@ impl<'w> MappedImage<'w> {
             writer,
             options,
             parts: Mutex::default(),
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                stale: !writer.is_blank(),
+                ..State::default()
+            }),
             buffers: Mutex::default(),
         }
     }
@@ -258,7 +266,7 @@ impl<'w> MappedImage<'w> {
             let mut state = lock(&self.state);
             frozen = state.frozen;
             for (slot, at) in slots {
-                if state.is_written(slot) {
+                if state.stale || state.is_written(slot) {
                     state.set_written(slot, false);
                     from.get_or_insert(at);
                     to = at + PAGE_SIZE as u64;
@@ -276,7 +284,11 @@ impl<'w> MappedImage<'w> {
                     self.writer.write_all_at(zeros, at).map_err(failed)?;
                     at = end;
                 }
-                lock(&self.state).zeroed.push(from..to);
+                let mut state = lock(&self.state);
+                // A device has no holes.
+                if !state.stale {
+                    state.zeroed.push(from..to);
+                }
                 Ok(())
             }
             Some(from) => self.writer.punch(from..to).map_err(failed),
@@ -382,7 +394,7 @@ impl<'w> MappedImage<'w> {
             rest_digest: digest(&[before, after, tail]),
         };
         go_on()?;
-        let has_index = trailer.fits();
+        let has_index = !self.options.without_index && trailer.fits();
         if has_index {
             if trailer.room.is_none() {
                 write(&xsr_format::layout::TRAILER_MAGIC, image_end)?;
@@ -397,7 +409,10 @@ impl<'w> MappedImage<'w> {
         let pages: u64 = index.iter().map(|entry| u64::from(entry.pages)).sum();
         Ok(MappedStats {
             image_bytes: image_end,
-            file_bytes: trailer.length(),
+            file_bytes: match self.options.without_index {
+                true => image_end,
+                false => trailer.length(),
+            },
             pages,
             zero_pages: pages - written,
             moved_pages,
@@ -448,6 +463,8 @@ impl<'w> MappedImage<'w> {
         };
         self.writer.write_all_at(&head, offset).map_err(failed)?;
         let mut buffer = lock(&self.buffers).pop().unwrap_or_default();
+        // Without an index, nothing needs their digest.
+        let pages = if self.options.without_index { 0 } else { pages };
         buffer.resize(pages as usize * PAGE_SIZE, 0);
         if pages > 0 {
             self.writer

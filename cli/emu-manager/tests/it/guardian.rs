@@ -14,7 +14,7 @@ use crate::machine::{by_the_engine, empty, guest, shutdown};
 use crate::xenopsd::{Kind, Target, Xenopsd, command, source};
 
 /// The engine that the emu-manager `of` has started.
-fn engine(of: Pid) -> Pid {
+pub(crate) fn engine(of: Pid) -> Pid {
     let until = Instant::now() + Duration::from_secs(20);
     loop {
         let children = fs::read_to_string(format!("/proc/{of}/task/{of}/children"));

@@ -7,6 +7,7 @@ mod command_line;
 mod guardian;
 #[path = "../../../tests/it/common/images.rs"]
 mod images;
+mod live_suspend;
 mod machine;
 mod old_dom0;
 #[path = "../../../tests/it/common/old_kernel.rs"]

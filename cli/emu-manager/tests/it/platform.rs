@@ -14,7 +14,7 @@ use crate::restore::words;
 use crate::xenopsd::{Ended, Kind, Target, Xenopsd, source};
 
 /// Writes these keys below the domain's platform in the xenstore of `run`.
-fn keys(run: &Path, keys: &[(&str, &str)]) {
+pub(crate) fn keys(run: &Path, keys: &[(&str, &str)]) {
     for (key, value) in keys {
         let path = run.join("xenstore/1/platform").join(key);
         fs::create_dir_all(path.parent().unwrap()).unwrap();

@@ -8,9 +8,10 @@ use xsr_xen_backend::{GuestKind, Host as _, ShutdownReason};
 
 use crate::images::scratch;
 use crate::machine::{DOMID, KINDS, busy, by_the_engine, guest, shutdown};
+use crate::platform::keys;
 use crate::xenopsd::{Ended, Kind, STREAMS, Target, Xenopsd, libxc};
 
-fn mode(kind: GuestKind) -> &'static str {
+pub(crate) fn mode(kind: GuestKind) -> &'static str {
     match kind.is_translated() {
         true => "-mode hvm_save",
         false => "-mode save",
@@ -40,6 +41,11 @@ fn the_image_holds_the_engines_stream_whatever_it_is_written_to() {
         for stream in STREAMS {
             let dir = scratch();
             let machine = guest(dir.path(), kind, width);
+            // A file gets the same stream, but with a place for each page: see `live_suspend.rs`.
+            keys(
+                &machine.with_extension("run"),
+                &[("xsr-live-suspend", "false")],
+            );
             let mut target = Target::new(stream, dir.path(), true);
             let mut xenopsd = Xenopsd::start(&machine, mode(kind), target.fd());
             play(&mut xenopsd, &mut target);

@@ -84,6 +84,14 @@ impl Slots<'_> {
         punch().map_err(StorageError::io("writing", self.name))
     }
 
+    /// Writes zeros.
+    pub(super) fn zero(&self, range: Range<u64>) -> Result<(), StorageError> {
+        self.steps
+            .before(Step::Punch)
+            .and_then(|()| self.write_zeros(range))
+            .map_err(StorageError::io("writing", self.name))
+    }
+
     pub(super) fn set_length(&self, length: u64) -> Result<(), StorageError> {
         self.steps
             .before(Step::SetLength)
