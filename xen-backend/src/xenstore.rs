@@ -53,7 +53,7 @@ impl StoreError {
     pub(crate) fn errno(&self) -> Errno {
         match self {
             Self::Absent(_) => Errno::ENOTCONN,
-            Self::Connection(error) => Errno::of(&error),
+            Self::Connection(error) => Errno::of(error),
             Self::Refused { errno, .. } => *errno,
         }
     }
