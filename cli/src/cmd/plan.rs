@@ -69,7 +69,7 @@ fn this_host(backend: &Backend) -> Result<Named> {
 fn open(backend: &Backend) -> Result<(Hypervisor, String)> {
     Ok(match backend {
         Backend::Mock(directory) => (
-            Hypervisor::open(backend)?,
+            Hypervisor::open(backend, false)?,
             format!("mock:{}", directory.display()),
         ),
         Backend::MockXen(directory) => (
