@@ -252,9 +252,9 @@ fn facts_that_are_none() {
 fn a_guest_that_is_not_there() {
     let dir = scratch();
     let host = host_with("pv", dir.path());
-    run(["plan", "nobody", &backend(&host)])
+    run(["plan", "missing", &backend(&host)])
         .code(1)
-        .stderr_has("there is no domain \"nobody\"");
+        .stderr_has("there is no domain \"missing\"");
     let bad = dir.path().join("bad.save");
     fs::write(&bad, "not an image").unwrap();
     run(["plan", arg(&bad), &backend(&host)]).code(2);

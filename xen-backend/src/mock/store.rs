@@ -474,8 +474,12 @@ impl SetAside {
 
 /// Gives all files their names again; the first error counts.
 fn put_back(blobs: &Place, names: &[String]) -> Result<(), MockError> {
-    let back = names.iter().map(|name| blobs.rename(&new_name(name), name));
-    back.fold(Ok(()), |first, next| first.and(next))
+    let mut result = Ok(());
+    for name in names {
+        let back = blobs.rename(&new_name(name), name);
+        result = result.and(back);
+    }
+    result
 }
 
 /// A large file, created if it does not exist.
