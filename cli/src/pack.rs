@@ -183,7 +183,7 @@ impl Job {
         };
         let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let sealed = match self.packing.is_encrypted() {
-            true => Sealed::Age(age::encrypt(sink, &self.packing.recipients)?),
+            true => Sealed::Age(Box::new(age::encrypt(sink, &self.packing.recipients)?)),
             false => Sealed::Plain(sink),
         };
         let (sealed, is_whole) = match self.packing.is_compressed {
@@ -329,7 +329,7 @@ impl Reserve {
 /// The outer layer.
 enum Sealed<W> {
     Plain(W),
-    Age(Encrypting<W>),
+    Age(Box<Encrypting<W>>),
 }
 
 impl<W: Write> Write for Sealed<W> {

@@ -256,7 +256,7 @@ impl<'r> Run<'r, '_> {
     fn warn_of_size(&self, guest: &dyn GuestSave) {
         let pfns = guest_pages(guest);
         if pfns > ORDINARY_PFNS + 4 * self.most_pages {
-            let (most, mib) = (self.most_pages, 8 * pfns >> 20);
+            let (most, mib) = (self.most_pages, (8 * pfns) >> 20);
             tracing::warn!(
                 "the guest has {most} pages at most, but pfns up to {:#x}: the image has {mib} MiB \
                  for those without a page",

@@ -34,7 +34,9 @@ fn decrypted(file: &[u8], with: &Identity) -> Result<Vec<u8>, AgeError> {
 }
 
 fn contents(bytes: usize) -> Vec<u8> {
-    (0..bytes).map(|i| (i / 251 % 256) as u8).collect()
+    (0..bytes)
+        .map(|i| u8::try_from(i / 251 % 256).unwrap())
+        .collect()
 }
 
 #[test]

@@ -156,7 +156,9 @@ mod tests {
     #[test]
     fn the_table_finds_each_frame_and_the_bytes_do_not_depend_on_threads() {
         for bytes in [0, 1, FRAME, FRAME + 1, 40 * FRAME + 7] {
-            let contents: Vec<u8> = (0..bytes).map(|i| (i / 13 % 256) as u8).collect();
+            let contents: Vec<u8> = (0..bytes)
+                .map(|i| u8::try_from(i / 13 % 256).unwrap())
+                .collect();
             let file = packed(&contents, 1);
             assert!(file == packed(&contents, 3), "{bytes}");
             let word = |at: usize| {

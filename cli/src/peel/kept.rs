@@ -7,6 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use xsr_format::wrapper::xapi::{XapiKind, XapiRecord};
 
+/// The type of a record, and the length of its body in bytes.
+type KindAndLength = (XapiKind, u64);
+
 /// The records. Complete once the image has been read to its end.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Kept(Arc<Mutex<Parts>>);
@@ -44,7 +47,7 @@ impl Kept {
     /// # Errors
     ///
     /// The temporary file could not be used.
-    pub(crate) fn records(&self) -> io::Result<(Vec<(XapiKind, u64)>, Box<dyn io::Read>)> {
+    pub(crate) fn records(&self) -> io::Result<(Vec<KindAndLength>, Box<dyn io::Read>)> {
         let parts = self.parts();
         let bodies: Box<dyn io::Read> = match &parts.spool {
             Some(spool) => {
