@@ -31,7 +31,23 @@ mod exit {
     }
 
     impl std::error::Error for BadImage {}
+
+    /// The command line is wrong.
+    #[derive(Debug)]
+    pub(crate) struct BadUsage(pub(crate) String);
+
+    impl std::fmt::Display for BadUsage {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str(&self.0)
+        }
+    }
+
+    impl std::error::Error for BadUsage {}
 }
+
+#[allow(dead_code, unused_imports, reason = "the command uses all of it")]
+#[path = "../../cli/src/age.rs"]
+mod age;
 
 #[path = "../../cli/src/peel/compression.rs"]
 mod compression;

@@ -12,7 +12,7 @@
 //!
 //! # let dir = tempfile::tempdir()?;
 //! let host = MockHost::create(&dir.path().join("a"), &HostConfig::default())?;
-//! let domid = host.add_guest("web", &GuestSpec::new(GuestKind::Pvh, 2048))?;
+//! let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8))?;
 //! let needs = Needs::of_domain(&*host.domain(domid)?)?;
 //!
 //! let without = HostConfig { processor: "-avx2".parse()?, ..HostConfig::default() };

@@ -1,7 +1,7 @@
 //! XVA archives (`xe vm-export`): a reader of the memory of the suspended VM inside.
 //!
 //! An XVA is a tar archive. Its first member, `ova.xml`, describes the VM and names the suspend VDI
-//! ([`SuspendDisk`](crate::origin::SuspendDisk)). Each disk is a directory of numbered blocks:
+//! ([`SuspendDisk`]). Each disk is a directory of numbered blocks:
 //!
 //! | member | content |
 //! |---|---|

@@ -291,12 +291,21 @@ impl Place {
         }
     }
 
-    /// Remove a file, or a directory with its contents, in it, if it exists.
+    /// Remove a directory in it with its contents, if it exists.
     pub(super) fn remove_all(&self, name: &str) -> Result<(), MockError> {
         match fs::remove_dir_all(self.by_descriptor().join(name)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::NotADirectory => self.remove(name),
             result => result.map_err(MockError::io("remove", self.path.join(name))),
+        }
+    }
+
+    /// Remove a file, or a directory with its contents, in it, if it exists.
+    pub(super) fn remove_any(&self, name: &str) -> Result<(), MockError> {
+        match self.remove_all(name) {
+            Err(MockError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotADirectory => {
+                self.remove(name)
+            }
+            result => result,
         }
     }
 

@@ -404,7 +404,7 @@ impl Store {
                 domains.within(&name)?.within(BLOBS)?.clear_new()?;
                 continue;
             }
-            domains.remove_all(&name)?;
+            domains.remove_any(&name)?;
             leftovers = true;
         }
         Ok(leftovers)
