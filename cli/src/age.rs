@@ -15,6 +15,7 @@ mod keys;
 #[path = "age/stream.rs"]
 mod stream;
 #[cfg(test)]
+#[path = "age/tests.rs"]
 mod tests;
 
 use std::fmt;
