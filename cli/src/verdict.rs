@@ -59,8 +59,7 @@ pub(crate) fn check_uuid(uuid: Option<&str>) -> Result<(), BadImage> {
 /// The broken rule.
 pub(crate) fn check_origin(origin: &Origin, guest_type: GuestType) -> Result<(), BadImage> {
     if origin.error.is_some() {
-        let advice = "give a name with --name (the domain gets a new UUID), or a configuration \
-                      with --config";
+        let advice = "give a name with --name (the domain gets a new UUID), or a configuration";
         return Err(not_understood(origin, advice));
     }
     if let Some(name) = &origin.name {

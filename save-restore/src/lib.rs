@@ -7,7 +7,7 @@
 //! # Layers
 //!
 //! ```text
-//!            two hosts: migrate::{SendRequest, ReceiveRequest, ProtectRequest}
+//!            two hosts: migrate::{MigrateRequest, ReceiveRequest, ProtectRequest}
 //!                       messages, ownership, Connection (pipe, Unix socket, TCP)
 //!                          │                                    │
 //!  domain ──► SaveRequest ─┴─► PageSink ──► bytes ──► PageSource ─┴─► RestoreRequest ──► domain

@@ -10,6 +10,7 @@ use crate::helper;
 use crate::lab;
 use crate::lint;
 use crate::peer;
+use crate::semver::{self, SemverArgs};
 use crate::stages::{Outcome, Stages};
 use crate::test::{self, TestArgs};
 use crate::workspace;
@@ -19,6 +20,7 @@ pub(crate) fn stages(stages: &mut Stages) {
     lint::stages(stages);
     deny::stages(stages);
     stages.run("doc", lint::doc);
+    stages.run("semver", semver);
     stages.run("shipped programs", helper::stage);
     stages.run("peer tools", peer::stage);
     stages.run("test", tests);
@@ -27,6 +29,12 @@ pub(crate) fn stages(stages: &mut Stages) {
     stages.run("peer engine", peer::engine_stage);
     stages.run("fuzz smoke", fuzz::smoke);
     stages.run("first command", first_command);
+}
+
+/// Changes of the libraries' public items: reported, and an error after the first release.
+fn semver() -> Result<Outcome> {
+    semver::run(&SemverArgs { accept: false })?;
+    Ok(Outcome::Done)
 }
 
 fn tests() -> Result<Outcome> {

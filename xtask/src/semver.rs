@@ -35,7 +35,7 @@ Examples:
 pub(crate) struct SemverArgs {
     /// Write the lists anew
     #[arg(long)]
-    accept: bool,
+    pub(crate) accept: bool,
 }
 
 /// Compares, or writes, the list of each crate.

@@ -63,7 +63,7 @@ struct State {
     end: Option<End>,
 }
 
-/// The two pipes.
+/// The state of the conversation, and the pipe to xenopsd. A thread reads the other pipe.
 pub(crate) struct Control {
     to: File,
     /// Held while a line is written.
@@ -231,9 +231,13 @@ impl Control {
         Ok(true)
     }
 
-    fn not_heard(&self, _: io::Error) -> End {
-        self.end_with(End::HungUp);
-        End::HungUp
+    fn not_heard(&self, error: io::Error) -> End {
+        let end = match error.kind() {
+            io::ErrorKind::BrokenPipe => End::HungUp,
+            _ => End::Protocol(format!("writing to xenopsd: {error}")),
+        };
+        self.end_with(end.clone());
+        end
     }
 
     /// Writes an optional line: it is dropped if the pipe has no room for it.

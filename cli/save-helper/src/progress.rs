@@ -21,7 +21,7 @@ pub(crate) struct Steps<'w> {
     wire: &'w Wire,
     stream: StreamType,
     last: Option<(Phase, u32)>,
-    /// Number of checkpoints after which the stream goes on.
+    /// Checkpoints so far.
     checkpoints: u64,
     /// Bytes done in this pass at the last step.
     told: u64,

@@ -254,10 +254,10 @@ pub(super) fn read_xapi(text: &str) -> Result<Found, String> {
         return Ok(Found::default());
     };
     let vm = match Sxp::parse(&text) {
-        Ok(vm) => vm,
+        Ok(vm) if !vm.list().is_empty() => vm,
         Err(why) if text.starts_with('(') => return Err(format!("has a vm_str that {why}")),
         // Other versions store something else here.
-        Err(_) => {
+        _ => {
             return Ok(Found {
                 problems: vec!["its vm_str is not an s-expression, and is not read".to_owned()],
                 ..Found::default()

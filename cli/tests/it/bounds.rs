@@ -424,10 +424,12 @@ fn scattered_pages() {
     });
 }
 
+// Most frames of the p2m of these PV guests are not in the image, which a restore finds at the end.
+
 #[test]
 fn scattered_pages_of_a_pv_guest() {
     const PAGES: u64 = 60_000;
-    each("scattered-pv", 0, PAGES, |path| {
+    each("scattered-pv", 2, PAGES, |path| {
         let mut image = pv(path, 1);
         image.p2m(u32::MAX, |leaf| leaf * 511 % (1 << 32));
         for n in 0..PAGES {
@@ -439,7 +441,7 @@ fn scattered_pages_of_a_pv_guest() {
 
 #[test]
 fn many_leaves_of_a_p2m() {
-    each("p2m", 0, 1, |path| {
+    each("p2m", 2, 1, |path| {
         let mut image = pv(path, 1);
         for time in 0..3 {
             image.p2m(u32::MAX, |leaf| leaf + time);

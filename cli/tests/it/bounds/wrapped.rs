@@ -89,7 +89,7 @@ fn long_xml_of_libvirt() {
             text("<domain><devices><disk ", "a='' ", "/></devices></domain>"),
         ),
     ] {
-        few(&format!("libvirt-{name}"), 0, 1 << 14, |path| {
+        few(&format!("libvirt-{name}"), 2, 1 << 14, |path| {
             let mut out = b"libvirt-xml\n \0 \r".to_vec();
             out.extend(2_u32.to_le_bytes());
             out.extend((xml.len() as u32 + 1).to_le_bytes());
@@ -114,7 +114,7 @@ fn long_expressions_of_xend() {
         ("devices", text("(domain ", "(device (vif))", ")")),
         ("deep", text("", "(", "")),
     ] {
-        few(&format!("xend-{name}"), 0, 1 << 10, |path| {
+        few(&format!("xend-{name}"), 2, 1 << 10, |path| {
             let mut out = b"LinuxGuestRecord".to_vec();
             out.extend((config.len() as u32).to_be_bytes());
             out.extend(config.as_bytes());

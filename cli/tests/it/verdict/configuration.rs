@@ -91,7 +91,7 @@ fn an_uuid_that_no_domain_can_have_is_bad() {
         let config = dir.path().join("config.json");
         let text = run(["cat", "--layer", "config", arg(&file)]).code(0).stdout;
         fs::write(&config, text).unwrap();
-        let line = ["restore", "--config", arg(&config), &host, arg(&good)];
+        let line = ["restore", &host, arg(&config), arg(&good)];
         run(line).code(64).stderr_has(words);
     }
 }
