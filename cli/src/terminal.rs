@@ -160,6 +160,10 @@ impl Bar {
     pub(crate) fn progress(&self, progress: &Progress, bytes_total: Option<u64>) {
         let (done, total) = match progress.bytes_total {
             Some(total) => (progress.bytes_done, Some(total)),
+            // All memory is done, and a pass that ends this quickly may not have been drawn.
+            None if progress.phase == Phase::Tail && bytes_total.is_none() => {
+                (progress.bytes, Some(progress.bytes))
+            }
             None => (progress.bytes, bytes_total),
         };
         // A pass is complete when all its pages are done, however few of them had contents.
