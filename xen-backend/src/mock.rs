@@ -218,7 +218,7 @@ impl MockHost {
             Some(place) => place
                 .names()?
                 .iter()
-                .try_for_each(|name| place.remove_all(name)),
+                .try_for_each(|name| place.remove_any(name)),
             None => Ok(()),
         });
         if let Err(error) = emptied {

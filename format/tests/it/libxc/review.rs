@@ -152,7 +152,7 @@ fn both_byte_orders_say_what_was_put_in() {
             "Bits64",
             "CpuidLeaf { leaf: 0, subleaf: 1, eax: 2, ebx: 3, ecx: 4, edx: 5 }, CpuidLeaf { leaf: 6,",
             "MsrEntry { index: 206, flags: 0, value: 7 }",
-            "Pfn(0x0) Pfn(0x7) [Pfn(0x2)]",
+            "Pfn(0x0) Pfn(0x7) [Pfn(0x0)]",
             "PageEntry { pfn: Pfn(0x7), page_type: PageType(0xc, L4TAB (pinned)) }] [6, 7]",
             "TscInfo { mode: 1, khz: 2500000, nsec: 99, incarnation: 3 }",
             "X86_PV_VCPU_MSRS 0 32",
