@@ -172,26 +172,26 @@ struct Line<'a> {
     missing: Vec<String>,
 }
 
+impl<'a> Line<'a> {
+    fn of(check: &'a Check) -> Self {
+        Self {
+            check: check.subject.name(),
+            answer: check.answer.name(),
+            text: &check.text,
+            missing: check.missing.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
+
 fn report(args: &PlanArgs, guest: &str, host: &str, checks: &[Check]) -> Result<Code> {
     let fits = checks.iter().all(|check| check.answer != Answer::No);
     let mut out = Results::new();
     if args.json {
-        let line = |check: &Check| Line {
-            check: check.subject.name(),
-            answer: check.answer.name(),
-            missing: check.missing.iter().map(ToString::to_string).collect(),
-            // Borrowed for as long as the report.
-            text: "",
-        };
-        let mut lines: Vec<Line<'_>> = checks.iter().map(line).collect();
-        for (line, check) in lines.iter_mut().zip(checks) {
-            line.text = &check.text;
-        }
         out.json(&Report {
             guest,
             host,
             fits,
-            checks: lines,
+            checks: checks.iter().map(Line::of).collect(),
         })?;
     } else {
         let verdict = if fits { "fits" } else { "DOES NOT FIT" };
