@@ -83,13 +83,34 @@ impl CpuPolicy {
         )
     }
 
+    /// Whether an entry is this leaf. `subleaf` is also 0 for a leaf without subleaves.
+    const fn is_leaf(entry: &CpuidLeaf, leaf: u32, subleaf: u32) -> bool {
+        entry.leaf == leaf
+            && (entry.subleaf == subleaf || (subleaf == 0 && entry.subleaf == Self::NO_SUBLEAF))
+    }
+
     /// A leaf. `subleaf` is also 0 for a leaf without subleaves.
     fn leaf(&self, leaf: u32, subleaf: u32) -> Option<&CpuidLeaf> {
-        let is_it = |entry: &&CpuidLeaf| {
-            entry.leaf == leaf
-                && (entry.subleaf == subleaf || (subleaf == 0 && entry.subleaf == Self::NO_SUBLEAF))
-        };
-        self.leaves.iter().rev().find(is_it)
+        let mut entries = self.leaves.iter().rev();
+        entries.find(|entry| Self::is_leaf(entry, leaf, subleaf))
+    }
+
+    /// A register of a leaf, to change it; `None` if the policy does not have the leaf. `subleaf` is
+    /// also 0 for a leaf without subleaves.
+    pub fn register_mut(
+        &mut self,
+        leaf: u32,
+        subleaf: u32,
+        register: Register,
+    ) -> Option<&mut u32> {
+        let mut entries = self.leaves.iter_mut().rev();
+        let entry = entries.find(|entry| Self::is_leaf(entry, leaf, subleaf))?;
+        Some(match register {
+            Register::Eax => &mut entry.eax,
+            Register::Ebx => &mut entry.ebx,
+            Register::Ecx => &mut entry.ecx,
+            Register::Edx => &mut entry.edx,
+        })
     }
 
     /// A register of a leaf; 0 if there is no such leaf, as on a processor.
@@ -139,34 +160,21 @@ impl CpuPolicy {
     /// # Ok::<(), &str>(())
     /// ```
     pub fn remove(&mut self, features: &[Feature]) {
-        for feature in features {
-            let bit = 1_u64 << feature.bit;
-            match feature.word {
+        for Feature { word, bit } in features {
+            match word {
                 FeatureWord::Cpuid {
                     leaf,
                     subleaf,
                     register,
                 } => {
-                    let is_it = |entry: &&mut CpuidLeaf| {
-                        entry.leaf == leaf
-                            && (entry.subleaf == subleaf
-                                || (subleaf == 0 && entry.subleaf == Self::NO_SUBLEAF))
-                    };
-                    let Ok(bit) = u32::try_from(bit) else {
-                        continue;
-                    };
-                    for entry in self.leaves.iter_mut().filter(is_it) {
-                        *match register {
-                            Register::Eax => &mut entry.eax,
-                            Register::Ebx => &mut entry.ebx,
-                            Register::Ecx => &mut entry.ecx,
-                            Register::Edx => &mut entry.edx,
-                        } &= !bit;
+                    if let Some(word) = self.register_mut(*leaf, *subleaf, *register) {
+                        *word &= !(1 << bit);
                     }
                 }
                 FeatureWord::Msr { index } => {
-                    for entry in self.msrs.iter_mut().filter(|entry| entry.index == index) {
-                        entry.value &= !bit;
+                    let mut entries = self.msrs.iter_mut().rev();
+                    if let Some(entry) = entries.find(|entry| entry.index == *index) {
+                        entry.value &= !(1 << bit);
                     }
                 }
             }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 
-use crate::common::migration::{Hosts, domains};
+use crate::common::migration::{Hosts, domains, until};
 use crate::common::phases::staged;
 use crate::common::{arg, backend, create, host_with, run, scratch};
 
@@ -288,11 +288,11 @@ fn a_program_that_fails_or_hangs_fails_the_save_and_the_domain_runs_on() {
     let hosts = Hosts::with("pv", &[]);
     let (dir, file) = (hosts.dir.path(), hosts.path("web.save"));
     let to = backend(&hosts.here);
-    let alive = hosts.path("alive");
+    let started = hosts.path("started");
     // What it has started is killed with it.
     let hangs = format!(
-        "[ $XSR_PHASE = failed ] || {{ sh -c 'sleep 4; echo > {}' & wait; }}",
-        arg(&alive)
+        "[ $XSR_PHASE = failed ] || {{ sleep 1000 & echo $! >> {}; wait; }}",
+        arg(&started)
     );
     for (does, expected) in [
         ("[ $XSR_PHASE = failed ]", "it failed (exit status: 1)"),
@@ -327,8 +327,15 @@ fn a_program_that_fails_or_hangs_fails_the_save_and_the_domain_runs_on() {
         assert!(!told.contains("XSR_PHASE=saved"), "{told}");
         fs::remove_file(hosts.path("told")).unwrap();
     }
-    std::thread::sleep(std::time::Duration::from_secs(5));
-    assert!(!alive.exists());
+    let started = fs::read_to_string(started).unwrap();
+    assert_eq!(started.lines().count(), 2, "{started}");
+    for process in started.lines() {
+        // Empty for a process that has ended and has not been waited for.
+        let line = Path::new("/proc").join(process).join("cmdline");
+        until("what the program started has gone", || {
+            !fs::read(&line).is_ok_and(|line| line.starts_with(b"sleep"))
+        });
+    }
 }
 
 #[test]

@@ -210,17 +210,7 @@ fn word_of(policy: &mut Leaves, word: FeatureWord) -> Option<&mut u32> {
     else {
         return None;
     };
-    let is_it = |entry: &&mut CpuidLeaf| {
-        entry.leaf == leaf
-            && (entry.subleaf == subleaf || (subleaf == 0 && entry.subleaf == u32::MAX))
-    };
-    let entry = policy.leaves.iter_mut().rev().find(is_it)?;
-    Some(match register {
-        Register::Eax => &mut entry.eax,
-        Register::Ebx => &mut entry.ebx,
-        Register::Ecx => &mut entry.ecx,
-        Register::Edx => &mut entry.edx,
-    })
+    policy.register_mut(leaf, subleaf, register)
 }
 
 fn set_named(policy: &mut Leaves, name: &str) {
