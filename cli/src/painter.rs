@@ -84,7 +84,7 @@ impl Painter {
     }
 }
 
-/// Draw the progress that comes, including the last, until the end.
+/// Draw the progress that comes, at most once per [`FRAME`], and the last in any case.
 fn draw(terminal: &Terminal, what: &'static str, shared: &Shared) {
     let bar = terminal.progress(what);
     loop {
@@ -99,8 +99,13 @@ fn draw(terminal: &Terminal, what: &'static str, shared: &Shared) {
             Some((progress, bytes_total)) => bar.progress(&progress, bytes_total),
             None => return,
         }
+        // Beyond some lines a second the bar leaves lines out by itself, even the last.
+        shared.is_over_within(FRAME);
     }
 }
+
+/// Time between two lines of progress.
+const FRAME: Duration = Duration::from_millis(50);
 
 /// How long work takes before it gets a bar, if only a file's position shows its progress.
 const BEFORE: Duration = Duration::from_secs(1);

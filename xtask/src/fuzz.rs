@@ -24,12 +24,14 @@ use crate::{tools, workspace};
 
 use stats::Stats;
 
-/// Seconds for which `cargo xtask ci` runs each target.
-const SMOKE_SECONDS: u32 = 20;
-
-/// The seed of those runs: the same code is then tried with much the same inputs each time, so
-/// that what fails was broken by the change. `cargo xtask fuzz` looks for what has not been found.
-const SMOKE_SEED: u32 = 1;
+/// What `cargo xtask ci` runs of each target. A fixed seed and number, so that the same code is
+/// tried with much the same inputs each time and what fails was broken by the change;
+/// `cargo xtask fuzz` looks for what has not been found. The seconds are for a target that is slow.
+const SMOKE: Bounds = Bounds {
+    seconds: 20,
+    runs: Some(10_000),
+    seed: Some(1),
+};
 
 /// An input that takes longer than this many seconds is a finding.
 const INPUT_SECONDS: u32 = 10;
@@ -117,7 +119,12 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
         }
         None => {
             fuzzer.prepare(target)?;
-            fuzzer.run(target, args.seconds, args.jobs, args.seed)
+            let bounds = Bounds {
+                seconds: args.seconds,
+                runs: None,
+                seed: args.seed,
+            };
+            fuzzer.run(target, bounds, args.jobs)
         }
     }
 }
@@ -144,7 +151,7 @@ pub(crate) fn smoke() -> Result<Outcome> {
     thread::scope(|scope| {
         let work = || -> Result<()> {
             while let Some(target) = next() {
-                fuzzer.run(&target, SMOKE_SECONDS, 1, Some(SMOKE_SEED))?;
+                fuzzer.run(&target, SMOKE, 1)?;
             }
             Ok(())
         };
@@ -171,6 +178,17 @@ fn targets() -> Result<Vec<String>> {
 /// The directory with the target's inputs.
 fn corpus(target: &str) -> PathBuf {
     directory().join("corpus").join(target)
+}
+
+/// How long a target is run, and with which inputs.
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    /// Seconds at most.
+    seconds: u32,
+    /// Inputs at most.
+    runs: Option<u32>,
+    /// What the inputs are made from; different ones each time without it.
+    seed: Option<u32>,
 }
 
 struct Fuzzer {
@@ -217,7 +235,7 @@ impl Fuzzer {
         self.invocation("build", target).run()
     }
 
-    fn run(&self, target: &str, seconds: u32, jobs: u32, seed: Option<u32>) -> Result<()> {
+    fn run(&self, target: &str, bounds: Bounds, jobs: u32) -> Result<()> {
         let corpus = corpus(target);
         let logs = workspace::root().join("target/fuzz");
         fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
@@ -227,14 +245,16 @@ impl Fuzzer {
                 .invocation("run", target)
                 .arg(&corpus)
                 .arg("--")
-                .arg(format!("-max_total_time={seconds}"))
+                .arg(format!("-max_total_time={}", bounds.seconds))
+                // To libFuzzer, -1 is no limit.
+                .arg(format!("-runs={}", bounds.runs.map_or(-1, i64::from)))
                 .arg(format!("-timeout={INPUT_SECONDS}"))
                 .arg(format!("-malloc_limit_mb={ALLOCATION_MIB}"))
                 .args(["-print_final_stats=1", "-rss_limit_mb=2048"])
                 // To libFuzzer, 0 is another number each time.
                 .arg(format!(
                     "-seed={}",
-                    seed.map_or(0, |seed| seed.saturating_add(job))
+                    bounds.seed.map_or(0, |seed| seed.saturating_add(job))
                 ))
                 .into_command();
             let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
