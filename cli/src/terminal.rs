@@ -62,6 +62,15 @@ impl Terminal {
         terminal
     }
 
+    /// One for a test: only what is always printed.
+    #[cfg(test)]
+    pub(crate) fn silent() -> Self {
+        Self {
+            watched: false,
+            quiet: true,
+        }
+    }
+
     /// The same without progress, which another process shows.
     pub(crate) fn without_progress(&self) -> Self {
         Self {

@@ -12,20 +12,21 @@ mod frames;
 
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::Result;
-use xsr_save_restore::migrate::connection::Wait;
+use anyhow::{Context as _, Result, bail};
+use xsr_save_restore::migrate::connection::{Connection as _, Stage, Wait};
 use xsr_save_restore::migrate::session::{Session, SessionRequest};
 use xsr_save_restore::progress::Cancel;
+use xsr_save_restore::sink::FdSink;
 
-use self::frames::{Flags, Frame, Hearing, Pump, Speaker};
+use self::frames::{Frame, Hearing, Orders, Pump, Speaker};
 use crate::args::TunnelArgs;
 use crate::exit::{BadUsage, Code};
 use crate::interrupt::Interrupt;
+use crate::left::Left;
 use crate::terminal::Terminal;
 use crate::transport::{self, Tunnel};
 
@@ -79,6 +80,8 @@ fn suited(request: SessionRequest, command: &str) -> SessionRequest {
 }
 
 fn near(args: &TunnelArgs, terminal: &Terminal) -> Result<Code> {
+    // The other end is told when a signal ends this one.
+    Left::work().until_the_end();
     let interrupt = Interrupt::of_process()?;
     let command = args.command.join(" ");
     let tunnel = {
@@ -87,43 +90,87 @@ fn near(args: &TunnelArgs, terminal: &Terminal) -> Result<Code> {
     };
     let (stdin, stdout) = transport::take_stdio()?;
     let session = Arc::clone(&tunnel.session);
-    let flags = Arc::new(Flags::default());
-    let done = Cancel::new();
+    let orders = Orders::new().context("making a pipe")?;
     let pump = Pump {
         speaker: Arc::new(Speaker::new(Arc::clone(&session))),
-        flags: Arc::clone(&flags),
+        orders: Arc::clone(&orders),
         errors: false,
-        ended: Arc::default(),
-        done: done.clone(),
     };
-    spawn("tunnel-in", move || pump.run(stdin))?;
-    let ended = deliver(&session, stdout, &flags, interrupt.cancel());
-    done.cancel();
+    let unreadable = Arc::new(OnceLock::new());
+    spawn("tunnel-in", {
+        let (session, unreadable) = (Arc::clone(&session), Arc::clone(&unreadable));
+        move || {
+            if let Err(error) = pump.run(stdin, |_| ()) {
+                unreadable.get_or_init(|| error);
+                give_up(&session);
+            }
+        }
+    })?;
+    let ended = deliver(&session, stdout, &orders, interrupt.cancel());
+    orders.end();
+    if ended.is_err() {
+        discard(&session);
+    }
     tunnel.close(CLOSE);
-    ended.map(Code::OfCommand)
+    match (ended, unreadable.get()) {
+        (Ok(code), _) => Ok(Code::OfCommand(code)),
+        (Err(_), Some(error)) => bail!("reading stdin: {error}"),
+        (Err(_), None) if interrupt.cancel().is_cancelled() => {
+            bail!("the tunnel was interrupted, and the command's stdin has ended")
+        }
+        (Err(error), None) => Err(error),
+    }
+}
+
+/// Lets nothing arrive that is still on this host, and lets the other end know that it is lost.
+fn discard(session: &Session) {
+    session.stage(Stage::TakenBack);
+}
+
+/// The same, and ends the session.
+fn give_up(session: &Session) {
+    discard(session);
+    session.close();
 }
 
 /// Passes on what the other end says, until COMMAND's exit code.
-fn deliver(session: &Session, stdout: File, flags: &Flags, cancel: &Cancel) -> Result<u8> {
+///
+/// # Errors
+///
+/// The session is lost; stdout takes no more, although it is read; the wait was cancelled.
+fn deliver(session: &Session, stdout: File, orders: &Orders, cancel: &Cancel) -> Result<u8> {
     let mut hearing = Hearing::new(session, Wait::forever().unless(cancel));
+    let stdout = FdSink::cancellable(stdout, cancel.clone()).context("stdout")?;
     let mut stdout = Some(stdout);
     loop {
         match hearing.next()? {
             Frame::Data(bytes) => {
-                let written = stdout.as_mut().map(|to| to.write_all(bytes));
-                if let Some(Err(error)) = written {
-                    tracing::debug!(%error, "stdout takes no more");
-                    stdout = None;
-                    flags.unread.store(true, Ordering::Relaxed);
+                let written = stdout.as_mut().map_or(Ok(()), |to| to.write_all(bytes));
+                match written {
+                    Ok(()) => {}
+                    Err(error) if is_unread(&error) => {
+                        tracing::debug!(%error, "stdout is not read any more");
+                        stdout = None;
+                        orders.unread();
+                    }
+                    Err(error) => return Err(error).context("writing stdout"),
                 }
             }
             Frame::End => stdout = None,
             // The messages are lost if stderr is closed.
             Frame::Errors(bytes) => drop(io::stderr().write_all(bytes)),
-            Frame::Unread => flags.refused.store(true, Ordering::Relaxed),
+            Frame::Unread => orders.refused(),
             Frame::Exit(code) => return Ok(code),
         }
     }
+}
+
+/// Whether the reader of a pipe or a socket has closed it.
+fn is_unread(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {

@@ -10,7 +10,7 @@ use anyhow::{Error, Result};
 use xsr_save_restore::migrate::connection::Connection;
 use xsr_save_restore::migrate::session::{Session, SessionRequest};
 
-use super::{Link, session};
+use super::{CHILD_PATIENCE, Link, session};
 use crate::args::TunnelArgs;
 use crate::exit::BadUsage;
 use crate::interrupt::Interrupt;
@@ -59,12 +59,20 @@ impl Tunnel {
             name: "tunnel",
             ssh: &args.ssh,
         };
-        let agreed = session::agree(&wanted, link.connection, limit, terminal, interrupt)?;
-        Ok(Self {
-            session: Arc::new(agreed.session),
-            beside: agreed.beside,
-            child: link.child,
-        })
+        match session::agree(&wanted, link.connection, limit, terminal, interrupt) {
+            Ok(agreed) => Ok(Self {
+                session: Arc::new(agreed.session),
+                beside: agreed.beside,
+                child: link.child,
+            }),
+            Err(error) => {
+                // The pipes are closed, which ends a command that reads them. It may say why.
+                let begun = Instant::now();
+                link.child
+                    .map(|child| end(child, || begun.elapsed() < CHILD_PATIENCE));
+                Err(error)
+            }
+        }
     }
 
     /// Closes everything, within this time.
@@ -78,14 +86,18 @@ impl Tunnel {
             thread::park_timeout(Duration::from_millis(5));
         }
         drop(self.beside);
-        let Some(mut child) = self.child else { return };
-        while waits() && matches!(child.try_wait(), Ok(None)) {
-            thread::park_timeout(Duration::from_millis(5));
-        }
-        // ssh whose host does not answer any more. It carries nothing that is still wanted.
-        if let Err(error) = child.kill() {
-            tracing::debug!(%error, "the command could not be ended");
-        }
+        self.child.map(|child| end(child, waits));
+    }
+}
+
+/// Waits for the command that has started the other end, while `waits`, and kills it then: it is an
+/// ssh whose host does not answer any more, and carries nothing that is still wanted.
+fn end(mut child: Child, waits: impl Fn() -> bool) {
+    while waits() && matches!(child.try_wait(), Ok(None)) {
+        thread::park_timeout(Duration::from_millis(5));
+    }
+    if let Err(error) = child.kill() {
+        tracing::debug!(%error, "the command could not be ended");
     }
 }
 

@@ -203,8 +203,10 @@ pub(crate) struct Relay {
     ends: bool,
     pub(crate) over: AtomicBool,
     /// Whether it cuts before it carries something back to the client.
-    holds: Option<Box<dyn Fn() -> bool + Send + Sync>>,
+    holds: Option<Holds>,
 }
+
+pub(crate) type Holds = Box<dyn Fn() -> bool + Send + Sync>;
 
 impl std::fmt::Debug for Relay {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -234,7 +236,7 @@ impl Relay {
         after: u64,
         cuts: u64,
         ends: bool,
-        holds: Option<Box<dyn Fn() -> bool + Send + Sync>>,
+        holds: Option<Holds>,
     ) -> Arc<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let relay = Arc::new(Self {
@@ -277,7 +279,8 @@ impl Relay {
     fn carry(&self, mut from: TcpStream, mut to: TcpStream, back: bool) {
         let mut room = [0; 16 << 10];
         while let Ok(n @ 1..) = from.read(&mut room) {
-            if back && self.holds.as_ref().is_some_and(|holds| holds()) {
+            let cuts_no_more = self.over.load(Ordering::Relaxed);
+            if back && !cuts_no_more && self.holds.as_ref().is_some_and(|holds| holds()) {
                 self.cut();
                 break;
             }

@@ -1,9 +1,11 @@
 //! `xsr tunnel`, with a script in place of ssh that runs the other end on this machine, and `xsr
 //! migrate` in place of xl: it runs the command that `-s` names as xl does, and says the same.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -11,11 +13,14 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::common::migration::{Hosts, until};
 use crate::common::{backend, run, scratch};
-use crate::session::Relay;
+use crate::session::{Holds, Relay};
 
 /// A script in place of ssh, and what it is given.
 struct Network {
@@ -29,13 +34,17 @@ impl Network {
         Self::with("exec sh -c \"$*\"")
     }
 
-    /// The tunnel connects to a relay.
+    /// The tunnel connects to a relay, which cuts after so many bytes.
     fn relayed(after: u64, cuts: u64, ends: bool) -> (Self, Arc<Relay>) {
+        Self::relay(after, cuts, ends, None)
+    }
+
+    fn relay(after: u64, cuts: u64, ends: bool, holds: Option<Holds>) -> (Self, Arc<Relay>) {
         let dir = scratch();
         let port = dir.path().join("port");
         let at = port.clone();
         let to = move || fs::read_to_string(&at).unwrap().trim().parse().unwrap();
-        let relay = Relay::made(to, after, cuts, ends, None);
+        let relay = Relay::made(to, after, cuts, ends, holds);
         // The address in the receiver's line becomes the relay's.
         let replace = format!(
             "sh -c \"$*\" | sed -u -e '1h' -e '1s/.* 127.0.0.1:\\([0-9]*\\)$/\\1/w {}' -e '1g' \
@@ -71,6 +80,11 @@ impl Network {
     }
 
     fn start(&self, options: &[&str], command: &str) -> Child {
+        self.tunnel(options, command).spawn().unwrap()
+    }
+
+    /// A tunnel that is not started yet.
+    fn tunnel(&self, options: &[&str], command: &str) -> Command {
         let mut tunnel = Command::new(env!("CARGO_BIN_EXE_xsr"));
         tunnel
             .args(self.words(options))
@@ -79,7 +93,14 @@ impl Network {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        tunnel.spawn().unwrap()
+        tunnel
+    }
+
+    /// A FIFO for a command that waits.
+    fn fifo(&self) -> PathBuf {
+        let fifo = self.path("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fifo
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -161,8 +182,7 @@ fn a_tunnel_that_fails_itself_exits_with_255() {
 #[test]
 fn each_direction_ends_by_itself() {
     let network = Network::new();
-    let fifo = network.path("fifo");
-    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let fifo = network.fifo();
     // The command's stdout ends, and it goes on to read.
     let command = format!("exec >&-; cat >{}", fifo.display());
     let mut tunnel = network.start(&[], &command);
@@ -201,12 +221,102 @@ fn each_direction_ends_by_itself() {
     assert_eq!(output.status.code(), Some(4));
 }
 
+/// What cannot be passed on is a failure of the tunnel, although the command may have succeeded.
+#[test]
+fn a_stdin_or_stdout_that_fails_ends_the_tunnel() {
+    let network = Network::new();
+    let done = network.path("done");
+    // The disk is full.
+    let command = format!("echo lost; cat >/dev/null; echo over >{}", done.display());
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let mut tunnel = network.tunnel(&["--reconnect", "3600"], &command);
+    let tunnel = tunnel.stdout(full).spawn().unwrap();
+    let ended = tunnel.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(255), "{said}");
+    assert!(said.contains("writing stdout: No space left"), "{said}");
+    until("the command's stdin ends", || done.exists());
+    // The end of what was read is not the end of stdin.
+    let directory = File::open(network.dir.path()).unwrap();
+    let mut tunnel = network.tunnel(&[], "cat");
+    let tunnel = tunnel.stdin(directory).spawn().unwrap();
+    let ended = tunnel.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(255), "{said}");
+    assert!(said.contains("reading stdin: Is a directory"), "{said}");
+}
+
+/// Another process that shares it may have set O_NONBLOCK.
+#[test]
+fn a_stdout_that_does_not_block_is_waited_for() {
+    let network = Network::new();
+    let bytes = pattern(3 << 20);
+    let (mut from, to) = UnixStream::pair().unwrap();
+    to.set_nonblocking(true).unwrap();
+    let mut command = network.tunnel(&[], "cat");
+    command.stdout(OwnedFd::from(to.try_clone().unwrap()));
+    let mut tunnel = command.spawn().unwrap();
+    // It has the descriptor, too.
+    drop(command);
+    let mut stdin = tunnel.stdin.take().unwrap();
+    let mut passed = Vec::new();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            stdin.write_all(&bytes).unwrap();
+            drop(stdin);
+        });
+        until("the socket is full", || {
+            let mut room = [PollFd::new(to.as_fd(), PollFlags::POLLOUT)];
+            poll(&mut room, 0_u8).unwrap() == 0
+        });
+        drop(to);
+        from.read_to_end(&mut passed).unwrap();
+    });
+    assert!(passed == bytes, "{} bytes", passed.len());
+    assert_eq!(tunnel.wait().unwrap().code(), Some(0));
+}
+
+/// Signals that are sent to process groups are ignored by an end that a command here has started.
+fn interrupt(process: u32) {
+    let process = Pid::from_raw(i32::try_from(process).unwrap());
+    signal::kill(process, Signal::SIGALRM).unwrap();
+}
+
+/// Neither end waits for a link that the other one does not make again.
+#[test]
+fn a_signal_at_one_end_is_noticed_at_the_other() {
+    let network = Network::new();
+    let (done, far) = (network.path("done"), network.path("far"));
+    let command = format!("echo $PPID >{}; {}", far.display(), reads_all(&done));
+    for here in [true, false] {
+        let mut tunnel = network.start(&["--reconnect", "3600"], &command);
+        // Its stdin stays open.
+        let stdin = tunnel.stdin.take();
+        until_it_begins(&mut tunnel);
+        match here {
+            true => interrupt(tunnel.id()),
+            false => {
+                let far = fs::read_to_string(&far).unwrap();
+                interrupt(far.trim().parse().unwrap());
+            }
+        }
+        until("the command's stdin ends", || done.exists());
+        until("the tunnel ends", || tunnel.try_wait().unwrap().is_some());
+        let ended = tunnel.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(255), "{said}");
+        let why = if here { "interrupted" } else { "is lost" };
+        assert!(said.contains(why), "{said}");
+        drop(stdin);
+        fs::remove_file(&done).unwrap();
+    }
+}
+
 /// A process that the command leaves running keeps its stdout open, and not the tunnel.
 #[test]
 fn the_tunnel_ends_with_the_command() {
     let network = Network::new();
-    let fifo = network.path("fifo");
-    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let fifo = network.fifo();
     let command = format!("cat {} & exit 5", fifo.display());
     let mut tunnel = network.start(&[], &command);
     assert_eq!(tunnel.wait().unwrap().code(), Some(5));
@@ -271,8 +381,8 @@ fn no_link_returns_under_remus() {
     }
 }
 
-/// How much the tunnel takes while the command reads nothing.
-fn taken(network: &Network, command: &str) -> usize {
+/// How much the tunnel takes while the command, which waits for the FIFO, reads nothing.
+fn taken(network: &Network, fifo: &Path, command: &str) -> usize {
     let mut tunnel = network.start(&[], command);
     let mut stdin = tunnel.stdin.take().unwrap();
     until_it_begins(&mut tunnel);
@@ -289,8 +399,9 @@ fn taken(network: &Network, command: &str) -> usize {
     while let Ok(n) = ended.recv_timeout(Duration::from_secs(2)) {
         all += n;
     }
-    tunnel.kill().unwrap();
-    tunnel.wait().unwrap();
+    // The command ends, and both ends of the tunnel with it.
+    fs::write(fifo, "").unwrap();
+    assert_eq!(tunnel.wait().unwrap().code(), Some(0));
     all
 }
 
@@ -298,15 +409,14 @@ fn taken(network: &Network, command: &str) -> usize {
 #[test]
 fn little_is_in_transit_under_remus() {
     let network = Network::new();
-    let fifo = network.path("fifo");
-    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let fifo = network.fifo();
     let script = network.path("receiver");
     fs::write(&script, format!("echo begun; exec cat {}", fifo.display())).unwrap();
     let script = script.display();
-    let remus = taken(&network, &format!("sh {script} migrate-receive -r"));
+    let remus = taken(&network, &fifo, &format!("sh {script} migrate-receive -r"));
     // 256 KiB at this end and on the way; a buffer and a pipe at the other.
     assert!(remus <= (256 + 128) << 10, "{remus} bytes");
-    let usual = taken(&network, &format!("sh {script} migrate-receive"));
+    let usual = taken(&network, &fifo, &format!("sh {script} migrate-receive"));
     assert!(usual > 1 << 20, "{usual} bytes");
 }
 
@@ -366,7 +476,7 @@ fn a_domain_moves_through_a_tunnel_whose_links_are_cut() {
     }
 }
 
-/// Cuts for good, at many places: the domain is at one end.
+/// Cuts for good in the image: the domain is at one end.
 #[test]
 fn a_domain_whose_tunnel_is_lost_is_at_one_end() {
     for after in [100_000, 1 << 20, 5 << 20] {
@@ -380,5 +490,106 @@ fn a_domain_whose_tunnel_is_lost_is_at_one_end() {
             ran.stderr
         );
         until("the receiver gives up", || hosts.domains()[1].is_empty());
+    }
+}
+
+/// Where a domain is when the relay cuts: here, and there.
+#[derive(Clone, Copy, Debug)]
+struct Moment {
+    here: &'static str,
+    /// Waits for that before it cuts.
+    there: Option<&'static str>,
+}
+
+/// From the last pass on: the image, "ready", "go", the report.
+const MOMENTS: [Moment; 4] = [
+    Moment {
+        here: "web suspended",
+        there: None,
+    },
+    // "Ready" is on its way, or has arrived.
+    Moment {
+        here: "web suspended",
+        there: Some("web--incoming paused"),
+    },
+    // "Go" is about to be sent, or is on its way.
+    Moment {
+        here: "web--migratedaway suspended",
+        there: None,
+    },
+    // The report is on its way.
+    Moment {
+        here: "web--migratedaway suspended",
+        there: Some("web running"),
+    },
+];
+
+/// A network that is cut at a moment, before anything else goes back.
+fn cut_at(hosts: &Arc<Hosts>, moment: Moment, for_good: bool) -> (Network, Arc<Relay>) {
+    let hosts = Arc::clone(hosts);
+    let holds = move || {
+        let now = hosts.domains()[0] == [moment.here];
+        if now && let Some(there) = moment.there {
+            until("the domain there", || hosts.domains()[1] == [there]);
+        }
+        now
+    };
+    Network::relay(u64::MAX, 1, for_good, Some(Box::new(holds)))
+}
+
+/// Exactly one end has the domain, or the exit code and the message say that it is unknown.
+#[test]
+fn a_tunnel_that_is_lost_after_the_image_leaves_the_domain_at_one_end() {
+    let mut codes = Vec::new();
+    for moment in MOMENTS {
+        let hosts = Arc::new(Hosts::with("pvh", &[]));
+        let (network, relay) = cut_at(&hosts, moment, true);
+        let options = ["--reconnect", "1"];
+        let ran = run(migrate(&hosts, &network, &options));
+        let what = format!("{moment:?}: {}", ran.stderr);
+        assert!(relay.over.load(Ordering::Relaxed), "it was cut: {what}");
+        let there = || hosts.domains()[1].clone();
+        match ran.code {
+            1 => {
+                assert_eq!(hosts.domains()[0], ["web running"], "{what}");
+                until("the receiver gives up", || there().is_empty());
+            }
+            3 => {
+                assert_eq!(
+                    hosts.domains()[0],
+                    ["web--migratedaway suspended"],
+                    "{what}"
+                );
+                assert!(what.contains("It must never run at both ends"), "{what}");
+                assert!(
+                    what.contains("it has moved. Destroy what is here"),
+                    "{what}"
+                );
+                until("the receiver decides", || {
+                    let there = there();
+                    there.is_empty() || there == ["web running"]
+                });
+                if moment.there.is_some() {
+                    assert_eq!(there(), ["web running"], "{what}");
+                }
+            }
+            other => panic!("exit code {other}: {what}"),
+        }
+        codes.push(ran.code);
+    }
+    assert_eq!(codes, [1, 1, 3, 3]);
+}
+
+/// The same cuts, and the links return: "go" and the report arrive.
+#[test]
+fn a_tunnel_whose_links_return_after_the_image_completes_the_migration() {
+    for moment in MOMENTS {
+        let hosts = Arc::new(Hosts::with("pvh", &[]));
+        let (network, relay) = cut_at(&hosts, moment, false);
+        let options = ["--reconnect", "30"];
+        let ran = run(migrate(&hosts, &network, &options)).code(0);
+        assert!(relay.over.load(Ordering::Relaxed), "{moment:?}");
+        let moved = [&[][..], &["web running"]];
+        assert_eq!(hosts.domains(), moved, "{moment:?}: {}", ran.stderr);
     }
 }

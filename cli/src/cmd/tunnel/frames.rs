@@ -1,15 +1,14 @@
-//! What the two ends of a tunnel tell each other over their session, and the pump that carries a
-//! descriptor.
+//! The frames that the two ends of a tunnel exchange over their session, and the pump that carries
+//! what a descriptor yields.
 //!
-//! A frame is a header of 8 bytes (kind, three reserved bytes, length in 4 bytes, little endian) and
-//! a body. docs/session.md has the table.
+//! A frame is a header of 8 bytes (kind, three reserved bytes, length in 4 bytes, little endian)
+//! and a body. docs/session.md has the table.
 
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
@@ -24,9 +23,6 @@ use xsr_save_restore::progress::Cancel;
 const LONGEST: usize = 64 << 10;
 
 const HEADER: usize = 8;
-
-/// How often a pump looks whether it has something else to do.
-const LOOK: Duration = Duration::from_millis(20);
 
 const DATA: u8 = 1;
 const END: u8 = 2;
@@ -105,24 +101,37 @@ fn malformed(what: &str) -> io::Error {
 #[derive(Debug)]
 pub(super) struct Speaker {
     session: Arc<Session>,
-    one: Mutex<Vec<u8>>,
+    saying: Mutex<Saying>,
+}
+
+#[derive(Debug, Default)]
+struct Saying {
+    bytes: Vec<u8>,
+    /// No frame can follow: COMMAND's exit code was the last one, or one was written in part.
+    over: bool,
 }
 
 impl Speaker {
     pub(super) fn new(session: Arc<Session>) -> Self {
         Self {
             session,
-            one: Mutex::default(),
+            saying: Mutex::default(),
         }
     }
 
     pub(super) fn say(&self, frame: &Frame<'_>, wait: Wait<'_>) -> io::Result<()> {
         let (header, body) = frame.parts();
-        let mut bytes = self.one.lock().unwrap_or_else(PoisonError::into_inner);
-        bytes.clear();
-        bytes.extend_from_slice(&header);
-        bytes.extend_from_slice(body);
-        ConnectionWriter::new(&*self.session, wait).write_all(&bytes)
+        let mut saying = self.saying.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut saying.over, true) {
+            let why = "nothing follows the last frame of a tunnel";
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, why));
+        }
+        saying.bytes.clear();
+        saying.bytes.extend_from_slice(&header);
+        saying.bytes.extend_from_slice(body);
+        ConnectionWriter::new(&*self.session, wait).write_all(&saying.bytes)?;
+        saying.over = matches!(frame, Frame::Exit(_));
+        Ok(())
     }
 }
 
@@ -168,60 +177,166 @@ fn in_words(error: io::Error) -> io::Error {
     }
 }
 
-/// What the threads of an end tell each other.
-#[derive(Debug, Default)]
-pub(super) struct Flags {
-    /// The data that the other end sends are not read here: it is to be told.
-    pub(super) unread: AtomicBool,
-    /// The other end does not read what this end sends as data.
-    pub(super) refused: AtomicBool,
+/// What the other threads of an end tell a pump. The pump waits for it, and for its descriptor.
+#[derive(Debug)]
+pub(super) struct Orders {
+    unread: AtomicBool,
+    refused: AtomicBool,
+    finish: AtomicBool,
+    end: Cancel,
+    bell: PipeWriter,
+    heard: PipeReader,
 }
 
-/// Carries what a descriptor yields, to its end and beyond: a loss of the session does not stop a
-/// command that writes.
+impl Orders {
+    pub(super) fn new() -> io::Result<Arc<Self>> {
+        let (heard, bell) = io::pipe()?;
+        Ok(Arc::new(Self {
+            unread: false.into(),
+            refused: false.into(),
+            finish: false.into(),
+            end: Cancel::new(),
+            bell,
+            heard,
+        }))
+    }
+
+    /// What the other end sends as data is not read here: tell it.
+    pub(super) fn unread(&self) {
+        self.unread.store(true, Ordering::Relaxed);
+        self.ring();
+    }
+
+    /// The other end does not read what this end sends as data: close the descriptor.
+    pub(super) fn refused(&self) {
+        self.refused.store(true, Ordering::Relaxed);
+        self.ring();
+    }
+
+    /// COMMAND has ended: report when everything that it has written is carried.
+    pub(super) fn finish(&self) {
+        self.finish.store(true, Ordering::Relaxed);
+        self.ring();
+    }
+
+    /// Close the descriptor and end.
+    pub(super) fn end(&self) {
+        self.end.cancel();
+        self.ring();
+    }
+
+    /// An end gives few orders, so the pipe has room.
+    fn ring(&self) {
+        if let Err(error) = (&self.bell).write_all(&[0]) {
+            tracing::warn!(%error, "a thread of the tunnel could not be woken");
+        }
+    }
+
+    /// Waits for an order, or until the descriptor can be read. Returns whether it can.
+    fn wait(&self, from: Option<&File>) -> io::Result<bool> {
+        let heard = PollFd::new(self.heard.as_fd(), PollFlags::POLLIN);
+        let from = from.map(|file| PollFd::new(file.as_fd(), PollFlags::POLLIN));
+        let mut events: Vec<PollFd<'_>> = [heard].into_iter().chain(from).collect();
+        match poll(&mut events, PollTimeout::NONE) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(false),
+            Err(errno) => return Err(errno.into()),
+        }
+        let [order, readable] =
+            [0, 1].map(|n| events.get(n).is_some_and(|e| e.any() == Some(true)));
+        if order {
+            let _rung = (&self.heard).read(&mut [0; 16])?;
+        }
+        Ok(readable && !order)
+    }
+}
+
+/// How far a pump has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Carried {
+    /// Everything that COMMAND had written when it ended.
+    Own,
+    /// Everything: the descriptor is at its end, or is not wanted any more.
+    All,
+}
+
+/// Carries what a descriptor yields. After the loss of the session it reads on and discards, so
+/// that a command that writes is not ended by that.
 #[derive(Debug)]
 pub(super) struct Pump {
     pub(super) speaker: Arc<Speaker>,
-    pub(super) flags: Arc<Flags>,
+    pub(super) orders: Arc<Orders>,
     /// It carries COMMAND's stderr.
     pub(super) errors: bool,
-    /// Everything was carried.
-    pub(super) ended: Arc<AtomicBool>,
-    /// It is to end.
-    pub(super) done: Cancel,
 }
 
 impl Pump {
-    pub(super) fn run(self, from: File) {
+    /// Runs until it is told to end. `report` is called once for each value.
+    ///
+    /// # Errors
+    ///
+    /// The descriptor could not be read to its end.
+    pub(super) fn run(self, from: File, report: impl Fn(Carried)) -> io::Result<()> {
+        let orders = &*self.orders;
         let mut from = Some(from);
         let mut told = self.errors;
         let mut lost = false;
+        // How many bytes COMMAND had written when it ended that are not carried yet.
+        let mut own = None;
+        let [mut own_reported, mut all_reported] = [false; 2];
         let mut room = vec![0; LONGEST];
-        while !self.done.is_cancelled() {
-            if !told && self.flags.unread.load(Ordering::Relaxed) {
+        while !orders.end.is_cancelled() {
+            if !told && orders.unread.load(Ordering::Relaxed) {
                 told = true;
                 self.say(&mut lost, &Frame::Unread);
             }
-            if !self.errors && self.flags.refused.load(Ordering::Relaxed) {
+            if !self.errors && orders.refused.load(Ordering::Relaxed) {
                 from = None;
             }
-            let Some(file) = from.as_mut() else {
-                self.ended.store(true, Ordering::Relaxed);
-                std::thread::park_timeout(LOOK);
+            if own.is_none() && orders.finish.load(Ordering::Relaxed) {
+                own = from.as_ref().map(rustix::io::ioctl_fionread).transpose()?;
+                own = own.or(Some(0));
+            }
+            if from.is_none() {
+                own = own.map(|_| 0);
+            }
+            if own == Some(0) && !std::mem::replace(&mut own_reported, true) {
+                report(Carried::Own);
+            }
+            if from.is_none() && !std::mem::replace(&mut all_reported, true) {
+                report(Carried::All);
+            }
+            if !orders.wait(from.as_ref())? {
                 continue;
-            };
-            match some(file, &mut room) {
-                None => {}
-                Some(0) => {
+            }
+            let read = from.as_mut().map(|file| file.read(&mut room));
+            match read.unwrap_or(Ok(0)) {
+                Ok(0) => {
                     from = None;
                     if !self.errors {
                         self.say(&mut lost, &Frame::End);
                     }
                 }
-                Some(n) if self.errors => self.say(&mut lost, &Frame::Errors(&room[..n])),
-                Some(n) => self.say(&mut lost, &Frame::Data(&room[..n])),
+                Ok(n) => {
+                    let bytes = &room[..n];
+                    self.say(
+                        &mut lost,
+                        &match self.errors {
+                            true => Frame::Errors(bytes),
+                            false => Frame::Data(bytes),
+                        },
+                    );
+                    own = own.map(|own| own.saturating_sub(n as u64));
+                }
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                    ) => {}
+                Err(error) => return Err(error),
             }
         }
+        Ok(())
     }
 
     /// Says something, unless the session is lost. The thread that reads the session reports that.
@@ -229,31 +344,10 @@ impl Pump {
         if *lost {
             return;
         }
-        if let Err(error) = self.speaker.say(frame, Wait::forever().unless(&self.done)) {
+        let wait = Wait::forever().unless(&self.orders.end);
+        if let Err(error) = self.speaker.say(frame, wait) {
             tracing::debug!(%error, "nothing more is carried");
             *lost = true;
-        }
-    }
-}
-
-/// Reads what is there. `None` if nothing is yet; a descriptor that cannot be read is at its end.
-fn some(file: &mut File, room: &mut [u8]) -> Option<usize> {
-    let mut events = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut events, PollTimeout::from(20_u8)) {
-        Ok(0) | Err(Errno::EINTR) => return None,
-        Ok(_) => {}
-        Err(error) => {
-            tracing::warn!(%error, "waiting for bytes to carry");
-            return Some(0);
-        }
-    }
-    match file.read(room) {
-        Ok(n) => Some(n),
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-        Err(error) => {
-            tracing::warn!(%error, "reading bytes to carry");
-            Some(0)
         }
     }
 }
