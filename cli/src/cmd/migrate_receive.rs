@@ -21,6 +21,7 @@ use xsr_xen_backend::DomId;
 
 use crate::args::{Endpoint, ReceiveArgs};
 use crate::backend::Hypervisor;
+use crate::cmd::remus::refuse_direct_colo;
 use crate::cmd::restore::{About, Image, ImageSource, Made, Named, of_old_sender, superpages};
 use crate::cpu;
 use crate::exit::{self, BadUsage, Code, Migration};
@@ -53,6 +54,7 @@ struct ReceiveReport<'a> {
 /// After a failure before the sender has let go of its own, the domain here is destroyed. After
 /// that it runs here, or is destroyed and given back.
 pub(crate) fn run(args: &ReceiveArgs, terminal: &Terminal) -> Result<Code> {
+    refuse_direct_colo(args.direct && args.colo)?;
     let standing_by = args.remus || args.colo;
     if standing_by && matches!(args.listen, Some(Endpoint::Tls(_))) {
         let why = "-r and --colo take no tls: address: after a lost connection the session would \
@@ -81,11 +83,6 @@ pub(crate) fn run(args: &ReceiveArgs, terminal: &Terminal) -> Result<Code> {
 fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
     // The sender is told the result, and a socket is removed.
     Left::work().until_the_end();
-    // Before a sender is accepted, so that it does not send a domain in vain.
-    if args.direct && args.colo {
-        let why = "COLO is libxl's to do: drop --direct";
-        return Err(Error::new(BadUsage(why.to_owned())));
-    }
     let host = Hypervisor::open_or_create(&args.backend.backend, args.direct)?;
     let answer = Duration::from_secs(args.answer_timeout.into());
     let link = match &args.listen {
@@ -328,9 +325,12 @@ impl Coming<'_, '_> {
                      {untold}; destroy what it has left, {name}--migratedaway"
                 );
                 match about {
-                    // It was received: who tries again would have it twice.
+                    // It was received, so this is no failure: a user who tried again would have
+                    // the domain twice.
                     Some(about) => {
-                        tracing::warn!("{words}");
+                        self.receiver
+                            .terminal
+                            .always(&format!("xsr: migrate-receive: {words}"));
                         return Ok(about);
                     }
                     None => words,

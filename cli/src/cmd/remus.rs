@@ -71,19 +71,29 @@ pub(crate) fn run(args: &RemusArgs, terminal: &Terminal) -> Result<Code> {
 
 /// Refuses options that xl refuses, and options that are not supported.
 fn refuse(args: &RemusArgs) -> Result<()> {
+    refuse_direct_colo(args.connection.direct && args.colo)?;
     let unprotected = args.blackhole || args.no_network_buffer || args.no_disk_buffer;
     let why = if args.userspace_colo_proxy && !args.colo {
         "-p is for COLO: add -c"
     } else if args.colo && (unprotected || args.buffer.is_some() || args.no_buffer) {
         "-b, -n, -d, --buffer and --no-buffer are for Remus: drop -c"
-    } else if args.colo && args.connection.direct {
-        "-c: COLO is libxl's to do: drop --direct"
     } else if unprotected && !args.allow_unsafe {
         "-b, -n and -d do not protect the domain: add -F if that is what you want"
     } else {
         return Ok(());
     };
     Err(Error::new(BadUsage(why.to_owned())))
+}
+
+/// Refuses COLO without libxl, at either end.
+pub(crate) fn refuse_direct_colo(asked: bool) -> Result<()> {
+    match asked {
+        true => {
+            let why = "COLO needs libxl, which --direct does without: drop --direct";
+            Err(Error::new(BadUsage(why.to_owned())))
+        }
+        false => Ok(()),
+    }
 }
 
 /// The time between two checkpoints, as in xl.

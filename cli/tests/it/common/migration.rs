@@ -38,9 +38,14 @@ pub(crate) struct Hosts {
 impl Hosts {
     /// The hosts, with a domain of 8 MiB created with these options.
     pub(crate) fn with(kind: &str, options: &[&str]) -> Self {
+        Self::of_size("8M", kind, options)
+    }
+
+    /// The same with a domain of this size.
+    pub(crate) fn of_size(size: &str, kind: &str, options: &[&str]) -> Self {
         let dir = scratch();
         let [here, there] = ["here", "there"].map(|name| dir.path().join(name));
-        let what = ["mock", "create", "web", "--memory", "8M", "--type", kind];
+        let what = ["mock", "create", "web", "--memory", size, "--type", kind];
         let host = ["--host", arg(&here)];
         run(what.iter().chain(&host).chain(options)).code(0);
         // The second host exists, without domains.
@@ -227,6 +232,16 @@ impl Running {
     pub(crate) fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap());
         signal::kill(pid, signal).unwrap();
+    }
+
+    /// Stop it, and wait until it does nothing more.
+    pub(crate) fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+        let stat = format!("/proc/{}/stat", self.child.id());
+        until("it stops", || {
+            let stat = fs::read_to_string(&stat).unwrap();
+            stat.rsplit(") ").next().unwrap().starts_with('T')
+        });
     }
 
     pub(crate) fn signal_number(&self, number: u32) {
