@@ -51,8 +51,10 @@ fn check_listener(peer: &Peer) -> Result<()> {
     }
 }
 
-/// The stdin and stdout of this process, which has others from now on: /dev/null and stderr.
-/// Dropping them closes them.
+/// Takes stdin and stdout away from this process, so that it neither reads what is for the other end
+/// nor prints among it: from now on its stdin is /dev/null, and its stdout goes to stderr.
+///
+/// Dropping the two files closes them, which the other end of a pipe notices.
 pub(crate) fn take_stdio() -> Result<(File, File)> {
     let (stdin, stdout) = (io::stdin(), io::stdout());
     let from = stdin.as_fd().try_clone_to_owned().context("stdin")?;
@@ -207,7 +209,8 @@ impl Link {
         let (stdin, stdout) = (io::stdin(), io::stdout());
         if stdin.is_terminal() || stdout.is_terminal() {
             let why = "stdin or stdout is a terminal: `xsr migrate` starts this through ssh; to \
-                       wait for it on a socket, say --listen unix:PATH or --listen tcp:ADDRESS:PORT";
+                       wait for it on a socket, say --listen unix:PATH or --listen \
+                       tcp:ADDRESS:PORT";
             return Err(Error::new(BadUsage(why.to_owned())));
         }
         let (from, to) = take_stdio()?;

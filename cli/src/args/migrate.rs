@@ -14,9 +14,9 @@ use super::{BackendArg, MemorySize, OfferArgs, ProgressArg, SessionArgs, TargetA
 /// Move a domain to another host, as `xl migrate` does
 ///
 /// HOST is a host name for ssh, which runs `xsr migrate-receive` there, or the address of a
-/// receiver that listens: `unix:PATH`, `tcp:ADDRESS:PORT`, `tls:ADDRESS:PORT`. The domain runs here while its memory is
-/// sent. Then it is suspended, the rest is sent, and it runs on HOST. If anything fails before
-/// that, it runs on here.
+/// receiver that listens: `unix:PATH`, `tcp:ADDRESS:PORT`, `tls:ADDRESS:PORT`. The domain runs here
+/// while its memory is sent. Then it is suspended, the rest is sent, and it runs on HOST. If
+/// anything fails before that, it runs on here.
 ///
 /// With --connections, --compress, --tls or --reconnect, the two ends exchange keys through ssh and
 /// connect directly. If that is impossible, everything goes through ssh (docs/session.md).
@@ -138,8 +138,8 @@ impl ConnectionArgs {
 /// it is the receiver for `xsr remus` or `xl remus`, with --colo for `remus -c`. A socket has no
 /// password and no encryption: keep it where only authorised users can connect.
 ///
-/// On a Xen host this command runs `xl migrate-receive` with xsr-save-helper. With --direct it works
-/// without xl, and refuses a domain with devices or a device model before it creates it.
+/// On a Xen host this command runs `xl migrate-receive` with xsr-save-helper. With --direct it
+/// works without xl, and refuses a domain with devices or a device model before it creates it.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

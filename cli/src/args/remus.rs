@@ -20,8 +20,8 @@ use super::{BackendArg, ConnectionArgs, MemorySize, ProgressArg, ThreadsArg};
 ///
 /// A mock guest has no network and no disks, so no output is held back or compared (-c). On a Xen
 /// host this command runs `xl remus` with xsr-save-helper. It passes all of xl's options on, gives
-/// --threads to the helper, and refuses options that xl does not have. With --direct it works without
-/// xl; a guest without devices has no output to hold back.
+/// --threads to the helper, and refuses options that xl does not have. With --direct it works
+/// without xl; a guest without devices has no output to hold back.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -48,8 +48,8 @@ impl SessionArgs {
 /// The session of a receiver.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct OfferArgs {
-    /// Offer the sender a session over connections of its own (docs/session.md). `migrate` adds this
-    /// option when it needs it, except with -s ''
+    /// Offer the sender a session over connections of its own (docs/session.md). `migrate` adds
+    /// this option when it needs it, except with -s ''
     #[arg(long, conflicts_with_all = ["listen", "standing_by"], help_heading = SESSION)]
     pub(crate) session: bool,
     /// With --session: listen at this address [default: the one that ssh was connected to]

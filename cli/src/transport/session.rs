@@ -73,7 +73,8 @@ pub(crate) fn check(args: &MigrateArgs) -> Result<()> {
         args.connection.ssh == "ssh" && ["unix:", "tcp:"].iter().any(|p| args.host.starts_with(p));
     if args.session.is_given() && on_socket {
         return Err(usage(
-            "--connections, --compress, --tls and --reconnect need a host name, or tls:ADDRESS:PORT",
+            "--connections, --compress, --tls and --reconnect need a host name, or \
+             tls:ADDRESS:PORT",
         ));
     }
     let by_certificate = args.connection.ssh == "ssh" && args.host.starts_with("tls:");

@@ -107,9 +107,9 @@ impl Shared {
 
 /// One end of a session.
 ///
-/// Dropping it closes it in order, as long as the peer takes what was written; it waits 2 s for a
-/// sign of that, and 30 s after "go", but 32 s at most in all. A session of which something was not read is aborted once what
-/// was written has arrived.
+/// Dropping it closes it in order, as long as the peer takes what was written: it waits 2 s for a
+/// sign of that, and 30 s after "go", but 32 s at most in all. A session of which something was not
+/// read is aborted once what was written has arrived.
 #[derive(Debug)]
 pub struct Session {
     shared: Arc<Shared>,

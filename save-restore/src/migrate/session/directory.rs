@@ -1,4 +1,5 @@
-//! A directory with the keys of an end: `ca.pem`, `cert.pem`, `key.pem`, and for a receiver `allow`.
+//! A directory with the keys of an end: `ca.pem`, `cert.pem`, `key.pem`, and for a receiver
+//! `allow`.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;

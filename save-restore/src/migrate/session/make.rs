@@ -72,8 +72,8 @@ pub trait Dial: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// The server cannot be reached and authenticated within the limit, is not the right one, or the
-    /// token was set.
+    /// The server cannot be reached and authenticated within the limit, it is not the right one, or
+    /// `cancel` was set.
     fn dial(&self, limit: Duration, cancel: &Cancel) -> io::Result<Wire>;
 }
 

@@ -207,8 +207,8 @@ impl Outgoing {
         Ok(before != (self.received, self.first))
     }
 
-    /// A link is lost: what it had taken and the peer has not acknowledged waits for another one, if
-    /// anything may be sent again.
+    /// A link is lost: what it had taken and the peer has not acknowledged waits for another link,
+    /// if anything may be sent again.
     pub(super) fn lost(&mut self, link: LinkId, again: bool) {
         for number in self.received..self.next() {
             let Some(sent) = self.chunk(number).filter(|sent| sent.on == Some(link)) else {

@@ -49,10 +49,16 @@ pub enum KeyError {
         why: String,
     },
     /// Other users can read the private key.
-    #[error("{}: other users can read this key (mode {mode:04o}); run chmod 600", .0.display(), mode = .1)]
+    #[error(
+        "{}: other users can read this key (mode {mode:04o}); run chmod 600",
+        .0.display(), mode = .1
+    )]
     Readable(PathBuf, u32),
     /// Another user owns the private key.
-    #[error("{}: user {owner} owns this key, and can read and replace it; run chown", .0.display(), owner = .1)]
+    #[error(
+        "{}: user {owner} owns this key, and can read and replace it; run chown",
+        .0.display(), owner = .1
+    )]
     Owner(PathBuf, u32),
     /// The name of the other end is not one that a certificate can have.
     #[error("{0}: not a host name or address")]
