@@ -68,8 +68,9 @@ impl Tunnel {
             Err(error) => {
                 // The pipes are closed, which ends a command that reads them. It may say why.
                 let begun = Instant::now();
-                link.child
-                    .map(|child| end(child, || begun.elapsed() < CHILD_PATIENCE));
+                if let Some(child) = link.child {
+                    end(child, || begun.elapsed() < CHILD_PATIENCE);
+                }
                 Err(error)
             }
         }
@@ -86,7 +87,9 @@ impl Tunnel {
             thread::park_timeout(Duration::from_millis(5));
         }
         drop(self.beside);
-        self.child.map(|child| end(child, waits));
+        if let Some(child) = self.child {
+            end(child, waits);
+        }
     }
 }
 

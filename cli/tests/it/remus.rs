@@ -406,6 +406,9 @@ fn survivor(hosts: &Hosts, stream: &[u8], image: &Path) -> i32 {
     from.read_to_end(&mut said).unwrap();
     if code == 0 {
         assert_eq!(said, [REPORT, &[0]].concat());
+        // Which host has the domain is a result, also with -q.
+        let said = fs::read_to_string(hosts.path("stderr")).unwrap();
+        assert!(said.contains("it goes on here from checkpoint"), "{said}");
         run(["save", &backend(&hosts.there), "web", arg(image)]).code(0);
     }
     code

@@ -260,7 +260,7 @@ impl Kept for StandingBy<'_, '_> {
             checkpoint, why, ..
         })) = &self.came_to
         {
-            self.receiver.terminal.say(&format!(
+            self.receiver.terminal.always(&format!(
                 "migrate-receive: the sender of {name} is lost ({why}); it goes on here from \
                  checkpoint {checkpoint}"
             ));
