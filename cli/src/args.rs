@@ -216,9 +216,10 @@ pub(crate) struct IdentityArg {
 /// can be removed. On file systems without reflinks it is refused.
 ///
 /// On a Xen host this command runs `xl save` with xsr-save-helper. It passes all of xl's options
-/// on, gives --live, its target and --threads to the helper, and refuses options that xl does not
-/// have. With --direct it works without xl: it asks the domain to suspend, saves it to a bare libxc stream, and resumes
-/// or destroys it.
+/// on, gives --live with its target, --layout, --page-digests, --at-freeze and --threads to the
+/// helper, packs what xl writes for --compress and --encrypt-to, and refuses other options that xl
+/// does not have. With --direct it works without xl: it asks the domain to suspend, saves it to a
+/// bare libxc stream, and resumes or destroys it.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

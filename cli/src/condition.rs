@@ -44,6 +44,18 @@ impl Condition {
         }
     }
 
+    /// In words, of a domain after a failure; `None` if it is not known.
+    pub(crate) fn fate(&self) -> Option<&'static str> {
+        match self {
+            Self::Paused => Some("stays paused"),
+            Self::Runs => Some("runs on"),
+            Self::Suspended => Some("is left suspended"),
+            Self::Down(_) => Some("is left shut down: start it anew, or destroy it"),
+            Self::Gone => Some("is gone"),
+            Self::Unknown(_) => None,
+        }
+    }
+
     fn from_info(info: Result<DomainInfo, BackendError>) -> Self {
         match info {
             Ok(info) if info.dying => Self::Gone,

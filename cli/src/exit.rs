@@ -180,6 +180,8 @@ pub(crate) struct Aftermath {
     error: anyhow::Error,
     /// `web runs on, no file was written`
     after: String,
+    /// Whether the user must read it in any case.
+    is_about_guest: bool,
 }
 
 impl Aftermath {
@@ -187,8 +189,21 @@ impl Aftermath {
     pub(crate) fn of(error: anyhow::Error, after: String) -> anyhow::Error {
         match after.is_empty() {
             true => error,
-            false => anyhow::Error::new(Self { error, after }),
+            false => anyhow::Error::new(Self {
+                error,
+                after,
+                is_about_guest: false,
+            }),
         }
+    }
+
+    /// The same about a guest, which is said even if the reader of the output is gone.
+    pub(crate) fn of_guest(error: anyhow::Error, after: String) -> anyhow::Error {
+        anyhow::Error::new(Self {
+            error,
+            after,
+            is_about_guest: true,
+        })
     }
 }
 
@@ -212,6 +227,10 @@ fn failure(error: &anyhow::Error) -> &anyhow::Error {
 /// Whether the failure is that the pipe to which an image was written was closed: its reader
 /// (`| head`) has what it wanted, or reports itself why it ended. Then nothing is printed.
 pub(crate) fn is_silent(error: &anyhow::Error) -> bool {
+    let after = error.downcast_ref::<Aftermath>();
+    if after.is_some_and(|after| after.is_about_guest) {
+        return false;
+    }
     let failed = failure(error).downcast_ref::<WriteFailed>();
     failed.is_some_and(|failed| failed.error.kind() == io::ErrorKind::BrokenPipe)
 }

@@ -17,7 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use xsr_save_restore::migrate::checkpoints::StopRequest;
 use xsr_save_restore::progress::{Cancel, Cancelled};
 
-pub(crate) use self::signals::{Ask, Requests, say};
+pub(crate) use self::signals::{Ask, Requests, end_where_it_stands, next, say};
 
 /// How often a wait checks for a request to stop, in milliseconds.
 const LOOK: u16 = 50;

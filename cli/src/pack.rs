@@ -8,18 +8,17 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::num::NonZeroUsize;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context as _, Error, Result};
-use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
 use xsr_format::read::ReadOptions;
 use xsr_format::walk::{Content, Walk};
 use xsr_save_restore::progress::{Cancel, Cancelled};
 use xsr_save_restore::sink::FdSink;
+use xsr_save_restore::source::FdSource;
 
 use self::zstd::Compressing;
 use crate::age::{self, Encrypting, Recipient};
@@ -119,21 +118,21 @@ impl Packing {
         Packer::start(job, from, to, output)
     }
 
-    /// The same for an image that xl writes into a pipe: xl destroys the domain once it has written
-    /// all, so this must not fail after that for want of room, and tells whether the image is whole.
+    /// The same with a pipe that another process opens by name. `cancel` also ends the wait for
+    /// what that writes.
     ///
     /// # Errors
     ///
     /// As [`start`](Self::start).
-    pub(crate) fn start_for_xl(
+    pub(crate) fn start_with_pipe(
         &self,
         from: File,
         to: File,
         output: &Output,
         cancel: Cancel,
     ) -> Result<Packer> {
-        let mut job = self.job(output, cancel)?;
-        job.for_xl = true;
+        let mut job = self.job(output, cancel.clone())?;
+        job.stop_reading = cancel;
         Packer::start(job, from, to, output)
     }
 
@@ -141,10 +140,9 @@ impl Packing {
         Ok(Job {
             packing: self.clone(),
             file: output.file().try_clone().context("the output")?,
-            is_new_file: output.is_new_file(),
             cancel,
+            stop_reading: Cancel::new(),
             failed: Arc::default(),
-            for_xl: false,
         })
     }
 }
@@ -154,8 +152,8 @@ impl Packing {
 pub(crate) struct Packed {
     /// Bytes of the output.
     pub(crate) bytes: u64,
-    /// For xl: whether all of an image was among the contents.
-    pub(crate) is_whole: bool,
+    /// Bytes of the image that is in it.
+    pub(crate) contents: u64,
 }
 
 /// The work of the thread.
@@ -163,109 +161,75 @@ pub(crate) struct Packed {
 struct Job {
     packing: Packing,
     file: File,
-    is_new_file: bool,
     cancel: Cancel,
+    /// Ends the wait for what comes out of the pipe.
+    stop_reading: Cancel,
     /// Set if the image is not complete: then the output must not look complete.
     failed: Arc<AtomicBool>,
-    for_xl: bool,
 }
 
 impl Job {
     fn run(&self, from: &File) -> io::Result<Packed> {
-        let reserve = match self.for_xl && self.is_new_file {
-            true => Some(self.file.try_clone()?),
-            false => None,
-        };
+        let mut from = FdSource::cancellable(from, self.stop_reading.clone())?;
         let sink = Counted {
             sink: FdSink::cancellable(&self.file, self.cancel.clone())?,
             bytes: 0,
-            reserve: reserve.map(Reserve::new),
         };
         let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let sealed = match self.packing.is_encrypted() {
+        let mut sealed = match self.packing.is_encrypted() {
             true => Sealed::Age(Box::new(age::encrypt(sink, &self.packing.recipients)?)),
             false => Sealed::Plain(sink),
         };
-        let (sealed, is_whole) = match self.packing.is_compressed {
-            true => {
-                let mut sink = Compressing::new(sealed, threads);
-                let is_whole = self.pump(from, &mut sink)?;
-                (sink.finish()?, is_whole)
-            }
-            false => {
-                let mut sink = sealed;
-                let is_whole = self.pump(from, &mut sink)?;
-                (sink, is_whole)
-            }
-        };
-        let mut counted = match sealed {
+        let contents;
+        if self.packing.is_compressed {
+            let mut sink = Compressing::new(sealed, threads);
+            contents = self.pump(&mut from, &mut sink)?;
+            sealed = sink.finish()?;
+        } else {
+            contents = self.pump(&mut from, &mut sealed)?;
+        }
+        let counted = match sealed {
             Sealed::Age(sink) => sink.finish()?,
             Sealed::Plain(sink) => sink,
         };
-        if counted.reserve.take().is_some() {
-            // Gives back what was reserved and not needed.
-            self.file.set_len(counted.bytes)?;
-        }
         Ok(Packed {
             bytes: counted.bytes,
-            is_whole,
+            contents,
         })
     }
 
-    /// Copies until all writers have closed the pipe. Returns whether that was a whole image, if it
-    /// is xl that writes.
-    fn pump(&self, from: &File, to: &mut impl Write) -> io::Result<bool> {
-        let mut tee = Tee {
-            from,
-            to,
-            error: None,
-        };
-        let is_whole = self.for_xl && is_whole(&mut tee).unwrap_or(false);
-        if let Some(error) = tee.error {
-            return Err(error);
-        }
+    /// Copies until all writers have closed the pipe. Returns the number of bytes.
+    fn pump(&self, from: &mut impl Read, to: &mut impl Write) -> io::Result<u64> {
         let mut room = vec![0; STEP];
+        let mut all = 0;
         loop {
-            match tee.read(&mut room) {
-                Ok(0) if self.failed.load(Ordering::Relaxed) && !is_whole => {
+            match from.read(&mut room) {
+                Ok(0) if self.failed.load(Ordering::Relaxed) => {
                     return Err(io::Error::other(Cancelled));
                 }
-                Ok(0) => return Ok(is_whole),
-                Ok(_) => {}
+                Ok(0) => return Ok(all),
+                Ok(bytes) => {
+                    to.write_all(&room[..bytes])?;
+                    all += bytes as u64;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(tee.error.unwrap_or(error)),
+                Err(error) => return Err(error),
             }
         }
     }
 }
 
-/// A pipe whose contents are copied as they are read.
-struct Tee<'w, W> {
-    from: &'w File,
-    to: &'w mut W,
-    /// Why they could not be copied.
-    error: Option<io::Error>,
-}
-
-impl<W: Write> Read for Tee<'_, W> {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        let bytes = self.from.read(room)?;
-        if let Err(error) = self.to.write_all(&room[..bytes]) {
-            self.error = Some(error);
-            return Err(io::Error::other("the output failed"));
-        }
-        Ok(bytes)
-    }
-}
-
-/// Waits until xl has opened the pipe, which it could not do without a reader: then its writes fail.
-fn wait_for_writer(mut from: &File) {
+/// Waits until another process has opened the pipe, which it could not do without a reader: then
+/// its writes fail.
+fn wait_for_writer(from: &File, cancel: Cancel) {
     let mut room = vec![0; STEP];
-    // Nothing comes if xl has ended.
-    while from
-        .read(&mut room)
-        .is_err_and(|error| error.kind() == io::ErrorKind::Interrupted)
-    {}
+    // Ends with an error once the work is cancelled, and with nothing once all writers are gone.
+    if let Ok(mut from) = FdSource::cancellable(from, cancel) {
+        while from
+            .read(&mut room)
+            .is_err_and(|error| error.kind() == io::ErrorKind::Interrupted)
+        {}
+    }
 }
 
 /// Whether an image is whole, from its first byte to its last record.
@@ -290,40 +254,6 @@ pub(crate) fn is_whole(source: impl Read) -> Result<bool> {
         }
     }
     Ok(pages)
-}
-
-/// Room in a file beyond its end, so that what is held back can be written in any case.
-struct Reserve {
-    file: File,
-    /// How far there is room.
-    to: u64,
-}
-
-impl Reserve {
-    /// More than is held back: in the pipe, in frames that wait for each other, and the table.
-    const AHEAD: u64 = 64 << 20;
-    /// How much is reserved at a time.
-    const STEP: u64 = 32 << 20;
-
-    fn new(file: File) -> Self {
-        Self { file, to: 0 }
-    }
-
-    /// Ensures that there is room beyond this byte.
-    fn beyond(&mut self, bytes: u64) -> io::Result<()> {
-        if bytes + Self::AHEAD <= self.to {
-            return Ok(());
-        }
-        let more = bytes + Self::AHEAD + Self::STEP - self.to;
-        match fallocate(&self.file, FallocateFlags::KEEP_SIZE, self.to, more) {
-            Ok(()) => {}
-            // This file system does not reserve.
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        self.to += more;
-        Ok(())
-    }
 }
 
 /// The outer layer.
@@ -352,14 +282,10 @@ impl<W: Write> Write for Sealed<W> {
 struct Counted<W> {
     sink: W,
     bytes: u64,
-    reserve: Option<Reserve>,
 }
 
 impl<W: Write> Write for Counted<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(reserve) = &mut self.reserve {
-            reserve.beyond(self.bytes + bytes.len() as u64)?;
-        }
         let written = self.sink.write(bytes)?;
         self.bytes += written as u64;
         Ok(written)
@@ -370,39 +296,48 @@ impl<W: Write> Write for Counted<W> {
     }
 }
 
-/// A thread that packs what is written into a pipe.
+/// A thread that packs what is written into a pipe. Dropping this gives the output up.
 #[derive(Debug)]
 pub(crate) struct Packer {
     /// The end of the pipe to write to.
-    to: File,
+    to: Option<File>,
     failed: Arc<AtomicBool>,
     /// The output's name.
     name: String,
-    thread: JoinHandle<io::Result<Packed>>,
+    /// A pipe whose other end the thread closes when it ends.
+    over: OwnedFd,
+    thread: Option<JoinHandle<io::Result<Packed>>>,
 }
 
 impl Packer {
     fn start(job: Job, from: File, to: File, output: &Output) -> Result<Self> {
         let failed = Arc::clone(&job.failed);
+        let (over, ends) = io::pipe().context("making a pipe")?;
         let thread = thread::Builder::new().name("pack".to_owned());
         let thread = thread.spawn(move || {
             let packed = job.run(&from);
-            if packed.is_err() && job.for_xl {
-                wait_for_writer(&from);
+            if packed.is_err() {
+                wait_for_writer(&from, job.stop_reading);
             }
+            drop(ends);
             packed
         });
         Ok(Self {
-            to,
+            to: Some(to),
             failed,
             name: output.name().to_owned(),
-            thread: thread.context("starting a thread")?,
+            over: over.into(),
+            thread: Some(thread.context("starting a thread")?),
         })
     }
 
     /// The file to write the plain image to.
-    pub(crate) fn file(&self) -> &File {
-        &self.to
+    ///
+    /// # Errors
+    ///
+    /// It was [closed](Self::close).
+    pub(crate) fn file(&self) -> Result<&File> {
+        self.to.as_ref().context("the pipe is closed")
     }
 
     /// The same as an output, which must be dropped before [`finish`](Self::finish).
@@ -411,13 +346,22 @@ impl Packer {
     ///
     /// There is no descriptor left for it.
     pub(crate) fn pipe(&self, name: String) -> Result<Output> {
-        Output::of_descriptor(self.to.try_clone().context("the pipe")?, name)
+        Output::of_descriptor(self.file()?.try_clone().context("the pipe")?, name)
     }
 
-    /// The image is not complete: unless it is whole nevertheless, the output must not look
-    /// complete.
+    /// The image is not complete: the output must not look complete.
     pub(crate) fn image_failed(&self) {
         self.failed.store(true, Ordering::Relaxed);
+    }
+
+    /// This process writes no more.
+    pub(crate) fn close(&mut self) {
+        self.to = None;
+    }
+
+    /// A descriptor whose other end is closed once all is written, or writing has failed.
+    pub(crate) fn over(&self) -> BorrowedFd<'_> {
+        self.over.as_fd()
     }
 
     /// Called when the image is complete: writes what is left.
@@ -425,20 +369,22 @@ impl Packer {
     /// # Errors
     ///
     /// [`WriteFailed`].
-    pub(crate) fn finish(self) -> Result<Packed> {
-        let Self {
-            to, name, thread, ..
-        } = self;
-        drop(to);
-        match thread.join() {
-            Ok(packed) => packed.map_err(|error| {
-                Error::new(WriteFailed {
-                    output: name,
-                    error,
-                })
-            }),
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+    pub(crate) fn finish(mut self) -> Result<Packed> {
+        self.close();
+        let packed = match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(packed)) => packed,
+            // A guest may depend on what the caller does next.
+            Some(Err(_)) => Err(io::Error::other(
+                "the thread that packs the image has panicked",
+            )),
+            None => Err(io::Error::other(Cancelled)),
+        };
+        packed.map_err(|error| {
+            Error::new(WriteFailed {
+                output: std::mem::take(&mut self.name),
+                error,
+            })
+        })
     }
 
     /// Called when writing the image failed: the reason, which may be the output.
@@ -451,8 +397,14 @@ impl Packer {
     }
 }
 
+impl Drop for Packer {
+    fn drop(&mut self) {
+        self.image_failed();
+    }
+}
+
 /// Whether the output did not fail, but was given up.
 pub(crate) fn is_cancelled(error: &Error) -> bool {
     let cause = error.downcast_ref::<WriteFailed>();
-    cause.is_some_and(|failed| Cancelled::is(&failed.error))
+    cause.is_some_and(|failed| Cancelled::is(&failed.error)) || error.is::<Cancelled>()
 }

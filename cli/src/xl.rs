@@ -9,6 +9,7 @@
 //! `main_remus` in `tools/xl`; `LIBXL_SAVE_HELPER` in `tools/libs/light/libxl_save_callout.c`.
 
 pub(crate) mod child;
+mod domain;
 mod fifo;
 mod save;
 mod setting;
@@ -31,6 +32,7 @@ use self::words::Words;
 use crate::args::{Backend, Cli, Command, VARIABLE as BACKEND_VARIABLE};
 use crate::cmd::save::PAGE_DIGESTS_NEED_MAPPED;
 use crate::exit::{BadUsage, Code};
+use crate::left::{Left, State};
 use crate::pack::Packing;
 use crate::transport::{check_through_ssh, quoted};
 
@@ -165,7 +167,8 @@ impl Xl {
             Some(words) if words.command == "save" => {
                 at_freeze = setting::freeze_program(&settings)?;
                 let packing = packing.as_ref();
-                save::Target::prepare(words, &mut arguments, mapped, at_freeze.is_some(), packing)?
+                let is_frozen = at_freeze.is_some();
+                save::Target::prepare(&xl, words, &mut arguments, mapped, is_frozen, packing)?
             }
             _ => None,
         };
@@ -179,7 +182,8 @@ impl Xl {
         let name = target.as_ref().map(|target| target.path.clone().into());
         let name = name.map(|name| (setting::FINAL_NAME, name));
         let settings = settings.chain(plan).chain(flags).chain(name);
-        let ended = child::run(xl, &helper, settings, restores, lock.as_ref());
+        let give_up = || target.as_ref().map_or((), save::Target::give_up);
+        let ended = child::run(xl, &helper, settings, restores, lock.as_ref(), &give_up);
         let succeeded = ended.as_ref().is_ok_and(|ended| ended.status.success());
         let frozen = ended.as_ref().ok().and_then(|ended| ended.frozen.clone());
         let killed = ended.as_ref().is_ok_and(|ended| ended.killed);
@@ -190,12 +194,15 @@ impl Xl {
             }
             ended => ended.and_then(|ended| code_of(ended.status)),
         };
-        drop(lock);
         let mut is_kept = false;
+        let untold = frozen
+            .as_ref()
+            .map(|_| Left::guest(|| Some(State::plain(child::NOT_TOLD))));
         let code = match target {
             Some(target) => target.finish(code, succeeded, &mut is_kept),
             None => code,
         };
+        drop((lock, untold));
         if let (Some(mut program), Some(guest)) = (at_freeze, frozen) {
             match killed {
                 // The helper may still be at work, and the program with it.
@@ -203,7 +210,8 @@ impl Xl {
                 false => {
                     program.is_about(guest);
                     program.is_saved = is_kept;
-                    program.tell();
+                    let what = "the program of --at-freeze is told how the save ended";
+                    child::hear_while(what, || program.tell());
                 }
             }
         }

@@ -325,15 +325,15 @@ impl Program {
             .process_group(0)
             .spawn()?;
         let began = Instant::now();
+        let pid = i32::try_from(child.id()).map(Pid::from_raw).ok();
+        let group = Group(Arc::new(Mutex::new(pid)));
+        self.told = Some(self.surroundings.started(&self.path, &group));
         if let Some(out) = child.stdout.take() {
             log(out, "stdout");
         }
         if let Some(out) = child.stderr.take() {
             log(out, "stderr");
         }
-        let pid = i32::try_from(child.id()).map(Pid::from_raw).ok();
-        let group = Group(Arc::new(Mutex::new(pid)));
-        self.told = Some(self.surroundings.started(&self.path, &group));
         let stop = Arc::<AtomicBool>::default();
         let waiting = Waiting {
             child,
@@ -408,7 +408,8 @@ impl AtFreeze for Program {
 fn log(out: impl Read + Send + 'static, stream: &'static str) {
     let mut out = BufReader::new(out);
     // The thread ends when the last process has closed the other end; nothing waits for it.
-    thread::spawn(move || {
+    let thread = thread::Builder::new().name("at-freeze-log".to_owned());
+    let started = thread.spawn(move || {
         loop {
             let mut line = Vec::new();
             match out.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line) {
@@ -420,6 +421,10 @@ fn log(out: impl Read + Send + 'static, stream: &'static str) {
             }
         }
     });
+    if let Err(error) = started {
+        // The program then writes into a closed pipe.
+        tracing::warn!(%error, "the {stream} of the program at the freeze is not logged");
+    }
 }
 
 /// The path without symbolic links, if only its owner and root can write there.

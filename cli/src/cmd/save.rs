@@ -42,7 +42,7 @@ use crate::config;
 use crate::exit::{Aftermath, BadUsage, Code, NotDurable};
 use crate::left;
 use crate::output::{Existing, Output, OutputPlan};
-use crate::pack::{Packer, Packing};
+use crate::pack::Packing;
 use crate::stdout::report;
 use crate::terminal::Terminal;
 use crate::text::{shown_name, shown_path};
@@ -199,7 +199,10 @@ fn save(
     let packer = packer.transpose()?;
     let written = match &image {
         None => {
-            let file = packer.as_ref().map_or(output.file(), Packer::file);
+            let file = match &packer {
+                Some(packer) => packer.file()?,
+                None => output.file(),
+            };
             let sink = FdSink::cancellable(file, cancel.clone())?;
             job.write(&mut toolstack, sink, live, program.as_mut(), watch)
         }
@@ -353,15 +356,10 @@ fn aftermath<'a>(
             };
             return Aftermath::of(error, after);
         }
-        let fate = match condition {
-            Condition::Paused => "stays paused",
-            Condition::Runs => "runs on",
-            Condition::Suspended => "is left suspended",
-            Condition::Down(_) => "is left shut down: start it anew, or destroy it",
-            Condition::Gone => "is gone",
-            Condition::Unknown(_) => return Aftermath::of(error, after.clone()),
-        };
-        Aftermath::of(error, format!("{name} {fate}, {after}"))
+        match condition.fate() {
+            Some(fate) => Aftermath::of(error, format!("{name} {fate}, {after}")),
+            None => Aftermath::of(error, after.clone()),
+        }
     }
 }
 

@@ -149,7 +149,7 @@ fn answer(interrupt: &Interrupt, arrived: &SignalFd, ending: EndingSignals) -> n
 }
 
 /// The next signal, if one has arrived.
-fn next(arrived: &SignalFd) -> nix::Result<Option<SignalNumber>> {
+pub(crate) fn next(arrived: &SignalFd) -> nix::Result<Option<SignalNumber>> {
     loop {
         match arrived.read_signal() {
             Ok(None) => return Ok(None),
@@ -191,7 +191,7 @@ fn end(code: i32) -> ! {
 }
 
 /// Ends the process at once, without cleanup.
-fn end_where_it_stands() {
+pub(crate) fn end_where_it_stands() {
     let (said, undecided) = left::describe();
     let said = match said.as_slice() {
         [] => "nothing is left behind".to_owned(),

@@ -56,10 +56,19 @@ impl<W: Write> Compressing<W> {
             .max(1);
         let shares = self.waiting.chunks(share * FRAME);
         let packed = thread::scope(|scope| {
-            let started: Vec<_> = shares.map(|share| scope.spawn(|| frames(share))).collect();
-            let ended = started.into_iter().map(|thread| match thread.join() {
-                Ok(frames) => frames,
-                Err(panic) => std::panic::resume_unwind(panic),
+            let started = shares.map(|share| {
+                let thread = thread::Builder::new().name("zstd".to_owned());
+                // Where there is no thread left, this one does it.
+                let started = thread.spawn_scoped(scope, || frames(share));
+                started.map_err(|_| frames(share))
+            });
+            let started: Vec<_> = started.collect();
+            let ended = started.into_iter().map(|started| match started {
+                Ok(thread) => match thread.join() {
+                    Ok(frames) => frames,
+                    Err(_) => Err(io::Error::other("a thread that compresses has panicked")),
+                },
+                Err(frames) => frames,
             });
             ended.collect::<io::Result<Vec<_>>>()
         })?;
@@ -107,7 +116,7 @@ impl<W: Write> Compressing<W> {
 /// Compresses these bytes, a frame for each [`FRAME`] of them.
 fn frames(bytes: &[u8]) -> io::Result<Vec<Frame>> {
     let failed = |code| io::Error::other(zstd_safe::get_error_name(code));
-    let mut context = CCtx::create();
+    let mut context = CCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
     for parameter in [
         CParameter::CompressionLevel(LEVEL),
         CParameter::ChecksumFlag(true),

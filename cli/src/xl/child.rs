@@ -17,18 +17,22 @@
 //! program under another name, which unblocks the signals and then becomes the command. A signal
 //! that was ignored when this process began, for example by `nohup`, stays ignored.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context as _, Error, Result};
+use anyhow::{Context as _, Error, Result, ensure};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{self, SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
 use xsr_save_restore::at_freeze::FrozenGuest;
@@ -37,7 +41,7 @@ use xsr_xen_backend::domain_store::DomainLock;
 
 use super::{BACKEND_VARIABLE, HELPER, HELPER_VARIABLE};
 use crate::exit;
-use crate::interrupt::{Ask, Requests, say};
+use crate::interrupt::{Ask, Requests, end_where_it_stands, next, say};
 
 /// Names the file that our helper creates when it begins, so that we know it has run.
 pub(crate) const BEGAN: &str = "XSR_HELPER_BEGAN";
@@ -51,11 +55,14 @@ pub(crate) const NAME: &str = "xsr-becomes";
 /// A command that runs this program, which becomes `sh` with a script and its arguments. This way
 /// the child starts with no signal blocked, although it inherits what its parent blocks. It ignores
 /// the signals that are sent to process groups; if `restores`, only those of a terminal's keys and
-/// end.
+/// end. A pipe that is closed is an error to it: `xl save` would die of the signal (only `xl
+/// migrate` ignores it), and leave the guest suspended.
 pub(crate) fn deaf(script: &str, restores: bool) -> Command {
     let ignored = match restores {
         true => "INT HUP QUIT".to_owned(),
-        false => Vec::from_iter(sent_to_groups().map(|number| number.to_string())).join(" "),
+        false => {
+            Vec::from_iter(sent_to_groups().map(|number| number.to_string())).join(" ") + " PIPE"
+        }
     };
     let mut child = Command::new("/proc/self/exe");
     let script = format!("trap '' {ignored}; {script}");
@@ -119,13 +126,15 @@ enum Stopping {
 }
 
 /// Run xl to its end, with `helper` as its save helper and `settings` in the helper's environment.
-/// `lock` is made to name xl. Call this before other threads start.
+/// `lock` names xl while that runs. `on_request` is called on the first request to stop. Call this
+/// before other threads start.
 pub(super) fn run(
     xl: impl IntoIterator<Item = OsString>,
     helper: &Path,
     settings: impl IntoIterator<Item = (&'static str, OsString)>,
     restores: bool,
     lock: Option<&DomainLock>,
+    on_request: &dyn Fn(),
 ) -> Result<Ended> {
     let ending = EndingSignals::of_process().context("reading signals")?;
     let signals = signals(ending);
@@ -144,17 +153,17 @@ pub(super) fn run(
     command.env_remove(BACKEND_VARIABLE);
     let mut child = command.spawn().context("starting xl")?;
     // xl works on the domain, even after this process has been killed.
-    if let Some(lock) = lock
-        && let Err(error) = lock.pass_to(child.id())
-    {
-        let error = Error::new(error);
-        tracing::warn!(
-            "the lock of the domain does not name xl: {}",
-            exit::words(error.chain())
-        );
+    if let Some(lock) = lock {
+        name_in_lock(lock, child.id());
     }
-    let stop = |xl| stop(xl, restores, &began);
-    let ended = wait(&mut child, &arrived, ending, &stop).context("waiting for xl")?;
+    let stop = |xl| {
+        on_request();
+        stop(xl, restores, &began)
+    };
+    // What is left to do for the domain is done by this process. xl's own number stays in use until
+    // the lock names another one.
+    let ended = || lock.map_or((), |lock| name_in_lock(lock, std::process::id()));
+    let ended = wait(&mut child, &arrived, ending, &stop, &ended).context("waiting for xl")?;
     let about = fs::read(&frozen).ok();
     Ok(Ended {
         frozen: about.and_then(|about| FrozenGuest::from_bytes(&about)),
@@ -162,18 +171,33 @@ pub(super) fn run(
     })
 }
 
+/// Records the process `pid` as the holder of the domain's lock.
+fn name_in_lock(lock: &DomainLock, pid: u32) {
+    if let Err(error) = lock.pass_to(pid) {
+        let error = Error::new(error);
+        tracing::warn!(
+            "the lock of the domain does not name process {pid}: {}",
+            exit::words(error.chain())
+        );
+    }
+}
+
 fn wait(
     child: &mut Child,
     arrived: &SignalFd,
     ending: EndingSignals,
     stop: &dyn Fn(Pid) -> Result<Stopping>,
+    ended: &dyn Fn(),
 ) -> Result<Ended> {
     let mut requests = Requests::default();
     let mut killed = false;
+    let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     loop {
-        if let Some(status) = child.try_wait()? {
+        let pid = Pid::from_raw(i32::try_from(child.id())?);
+        if waitid(Id::Pid(pid), look)? != WaitStatus::StillAlive {
+            ended();
             return Ok(Ended {
-                status,
+                status: child.wait()?,
                 frozen: None,
                 killed,
             });
@@ -189,7 +213,6 @@ fn wait(
             continue;
         }
         // The child has not been waited for, so its process id cannot have been reused.
-        let pid = Pid::from_raw(i32::try_from(child.id())?);
         let passing = || format!("passing {signal} on");
         match requests.hear(signal, Instant::now()) {
             Ask::First => {
@@ -206,6 +229,89 @@ fn wait(
     }
 }
 
+/// Hear signals until the other end of the pipe `over` is closed. The first request to stop calls
+/// `stop`; if the user insists, the process ends where it stands, and says what is left
+/// ([`crate::left`]).
+///
+/// # Errors
+///
+/// Signals cannot be read.
+pub(super) fn hear_until(
+    over: BorrowedFd<'_>,
+    announcement: &str,
+    mut stop: impl FnMut(),
+) -> Result<()> {
+    let ending = EndingSignals::of_process().context("reading signals")?;
+    ending.set().thread_block().context("blocking signals")?;
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    let arrived = SignalFd::with_flags(&ending.set(), flags).context("waiting for signals")?;
+    let mut requests = Requests::default();
+    loop {
+        let mut fds = [
+            PollFd::new(over, PollFlags::POLLIN),
+            PollFd::new(arrived.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(Error::new(errno).context("waiting for signals")),
+        }
+        let is_over = fds[0].any() == Some(true);
+        while let Some(signal) = next(&arrived).context("reading signals")? {
+            if !ending.ask(signal) {
+                continue;
+            }
+            match requests.hear(signal, Instant::now()) {
+                Ask::First => {
+                    stop();
+                    requests.announce(announcement);
+                }
+                Ask::Same => {}
+                Ask::Insists => end_where_it_stands(),
+            }
+        }
+        if is_over {
+            return Ok(());
+        }
+    }
+}
+
+/// Do `work`, and hear signals meanwhile in a thread: a request to stop is answered by
+/// `announcement`, and a user who insists ends the process where it stands.
+pub(super) fn hear_while<T>(announcement: &str, work: impl FnOnce() -> T) -> T {
+    thread::scope(|scope| {
+        let ends = io::pipe().and_then(|(over, ends)| {
+            let thread = thread::Builder::new().name("signals".to_owned());
+            thread.spawn_scoped(scope, move || {
+                if let Err(error) = hear_until(over.as_fd(), announcement, || {}) {
+                    tracing::warn!("{error:#}");
+                }
+            })?;
+            Ok(ends)
+        });
+        let ends = ends.inspect_err(|error| tracing::info!(%error, "signals are not heard"));
+        let done = work();
+        drop(ends);
+        done
+    })
+}
+
+/// Run one of xl's short commands to its end, whatever signals arrive. It prints what is wrong.
+///
+/// # Errors
+///
+/// It could not be run, or failed.
+pub(super) fn run_briefly(xl: &OsStr, words: &[&OsStr]) -> Result<()> {
+    let mut command = deaf("exec \"$@\"", false);
+    let status = command.arg(xl).args(words).status();
+    let shown = || {
+        let words = words.iter().map(|word| word.to_string_lossy());
+        format!("`xl {}`", Vec::from_iter(words).join(" "))
+    };
+    let status = status.with_context(|| format!("running {}", shown()))?;
+    ensure!(status.success(), "{} has failed ({status})", shown());
+    Ok(())
+}
+
 /// Tell the user what is left after xl has been killed.
 pub(super) fn say_what_is_left() {
     say(
@@ -217,8 +323,12 @@ pub(super) fn say_what_is_left() {
 
 /// The program of `--at-freeze` cannot be told how the save ended, because xl has been killed.
 pub(super) fn say_that_program_was_not_told() {
-    say("the program of --at-freeze was not told how the save ended: remove its snapshot");
+    say(NOT_TOLD);
 }
+
+/// It has been run, and does not learn how the save ended.
+pub(super) const NOT_TOLD: &str =
+    "the program of --at-freeze was not told how the save ended: remove its snapshot";
 
 /// Make xl's save helper cancel its work. End xl if no helper has begun, or if xl has restored a
 /// domain and stays until the domain's end.

@@ -6,22 +6,29 @@
 //!
 //! xl itself destroys the domain. What it has written may then be all that is left of the domain,
 //! so it is removed only if it is certainly not an image.
+//!
+//! A packed image is written by this process, which may fail after xl has written everything. So xl
+//! leaves the domain paused (`-p`), and this process has xl destroy it once the image has its name,
+//! or lets it run on.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Error, Result, bail};
+use anyhow::{Error, Result};
+use xsr_save_restore::error::SaveError;
 
-use super::child::hold_signals;
+use super::child::{self, hold_signals};
+use super::domain::Domain;
 use super::fifo::Fifo;
 use super::words::Words;
 use crate::args::Backend;
 use crate::backend::Hypervisor;
 use crate::cmd::save::AT_FREEZE_NEEDS_FILE;
-use crate::exit::{Aftermath, BadUsage};
+use crate::exit::{Aftermath, BadUsage, NotDurable};
 use crate::file::is_dash;
 use crate::output::{Existing, Output, OutputPlan};
-use crate::pack::{self, Packing};
+use crate::pack::{self, Packed, Packing};
 use crate::text::shown_path;
 
 /// The output that xl writes to.
@@ -30,34 +37,37 @@ pub(super) struct Target {
     output: Output,
     /// The pipe that xl writes to, if the output is packed.
     fifo: Option<Fifo>,
+    /// The domain, and what becomes of it then.
+    domain: Domain,
     /// The final name of the file, an absolute path.
     pub(super) path: PathBuf,
 }
 
 impl Target {
-    /// Prepare the output that `arguments` name, and replace it in them by the one that xl writes
-    /// to. `None` if there is no file: xl reports that.
+    /// Prepare the output that `arguments` of `xl` name, and replace it in them by the one that xl
+    /// writes to. `None` if there is no file: xl reports that.
     ///
     /// # Errors
     ///
     /// As [`Output::open`]; the mapped layout is wanted in what is not a file.
     pub(super) fn prepare(
+        xl: &Path,
         words: &Words,
-        arguments: &mut [OsString],
+        arguments: &mut Vec<OsString>,
         mapped: bool,
         at_freeze: bool,
         packing: Option<&Packing>,
     ) -> Result<Option<Self>> {
-        let [domain, file, ..] = words.positions[..] else {
+        let [domain_at, file, ..] = words.positions[..] else {
             return Ok(None);
         };
-        let domain = arguments[domain].clone();
+        let domain = arguments[domain_at].clone();
         let path = PathBuf::from(&arguments[file]);
         let output = Output::open_for_xl(&OutputPlan {
             path: &path,
             inputs: &[],
             existing: Existing::Replace,
-            only_copy: !words.keeps,
+            only_copy: !words.copies && !words.pauses,
         })?;
         if mapped && !output.is_new_file() {
             return Err(Error::new(BadUsage(format!(
@@ -95,8 +105,23 @@ impl Target {
         {
             output.check_room(bytes)?;
         }
+        if fifo.is_some() && !words.copies && !words.pauses {
+            arguments.insert(domain_at, "-p".into());
+        }
         let path = std::path::absolute(&path)?;
-        Ok(Some(Self { output, fifo, path }))
+        Ok(Some(Self {
+            output,
+            fifo,
+            domain: Domain::new(xl, domain, words),
+            path,
+        }))
+    }
+
+    /// Called on a request to stop: nothing is wanted of the image any more.
+    pub(super) fn give_up(&self) {
+        if let Some(fifo) = &self.fifo {
+            fifo.give_up();
+        }
     }
 
     /// Called after xl has ended, with its result and whether it succeeded. Sets `is_kept` if there
@@ -111,27 +136,15 @@ impl Target {
         succeeded: bool,
         is_kept: &mut bool,
     ) -> Result<T> {
-        let written = match (self.fifo.take(), self.output.temporary()) {
-            (Some(fifo), temporary) => match packed(fifo, succeeded) {
-                // Nothing has a name that could be given up.
-                Ok(_) if temporary.is_none() => return ended,
-                Ok(written) => written,
-                Err(error) => {
-                    let after = self.output.aftermath();
-                    let domain = match succeeded {
-                        true => "; xl has ended well: `xl list` says whether the domain is there",
-                        false => "",
-                    };
-                    return Err(Aftermath::of(error, format!("{after}{domain}")));
-                }
-            },
-            (None, None) => return ended,
-            (None, Some(temporary)) => written(temporary),
+        if let Some(fifo) = self.fifo.take() {
+            return self.finish_packed(fifo, ended, succeeded, is_kept);
+        }
+        let Some(temporary) = self.output.temporary() else {
+            return ended;
         };
+        let written = written(temporary);
         match written {
-            Written::Nothing if succeeded => {
-                bail!("xl says that it has saved the domain, but has written nothing")
-            }
+            Written::Nothing if succeeded => return Err(Error::new(NothingWritten)),
             Written::Image | Written::Something if succeeded => {
                 // If it cannot be given its name, it stays under the other one.
                 *is_kept = true;
@@ -155,14 +168,107 @@ impl Target {
             }
             Written::Nothing | Written::Something => {}
         }
-        let after = self.output.aftermath();
-        drop(self.output);
-        match ended {
-            Err(error) => Err(Aftermath::of(error, after)),
-            Ok(ended) => {
-                tracing::warn!("xl has failed: {after}");
-                Ok(ended)
+        xl_failed(self.output, ended)
+    }
+
+    /// The same for an image that this process writes from what xl has written into a pipe.
+    fn finish_packed<T>(
+        self,
+        fifo: Fifo,
+        ended: Result<T>,
+        succeeded: bool,
+        is_kept: &mut bool,
+    ) -> Result<T> {
+        let Self { output, domain, .. } = self;
+        if !succeeded {
+            let why = match (fifo.finish(false), ended) {
+                // That may be why xl has failed.
+                (Err(error), Err(xls)) if !pack::is_cancelled(&error) => {
+                    error.context(format!("{xls:#}"))
+                }
+                (Err(error), Ok(_)) if !pack::is_cancelled(&error) => error,
+                (_, ended) => return xl_failed(output, ended),
+            };
+            return Err(Aftermath::of_guest(why, output.aftermath()));
+        }
+        let _left = domain.left();
+        let file = output.name().to_owned();
+        let after = output.aftermath();
+        let packed = fifo.finish(true);
+        // Writing what is still in memory may take long.
+        let done = child::hear_while(
+            "the image is given its name before this ends",
+            || match packed.and_then(checked) {
+                Ok(()) => output.finish(),
+                Err(error) => {
+                    drop(output);
+                    Err(error)
+                }
+            },
+        );
+        let what = "what is left to do for the domain is done before this ends";
+        match done {
+            Ok(()) => {
+                *is_kept = true;
+                child::hear_while(what, || domain.destroy(&file))?;
+                ended
             }
+            Err(error) => {
+                let is_nothing = error.is::<NothingWritten>();
+                let fate = match is_nothing {
+                    // xl has not touched it.
+                    true => domain.fate(),
+                    false => child::hear_while(what, || domain.unpause()),
+                };
+                let (error, after) = match error.is::<NotDurable>() {
+                    true => {
+                        *is_kept = true;
+                        (
+                            error,
+                            format!("{fate}; do not restore {file}, which it has left behind"),
+                        )
+                    }
+                    false => (error, format!("{fate}, {after}")),
+                };
+                let error = match pack::is_cancelled(&error) {
+                    true => Error::new(SaveError::Aborted),
+                    false => error,
+                };
+                Err(Aftermath::of_guest(error, after))
+            }
+        }
+    }
+}
+
+/// xl succeeds, and there is no image.
+#[derive(Debug)]
+struct NothingWritten;
+
+impl fmt::Display for NothingWritten {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("xl says that it has saved the domain, but has written nothing")
+    }
+}
+
+impl std::error::Error for NothingWritten {}
+
+/// Whether there was an image to pack at all.
+fn checked(packed: Packed) -> Result<()> {
+    match packed.contents {
+        0 => Err(Error::new(NothingWritten)),
+        _ => Ok(()),
+    }
+}
+
+/// xl has failed, and printed why: removes what it has written.
+fn xl_failed<T>(output: Output, ended: Result<T>) -> Result<T> {
+    let after = output.aftermath();
+    drop(output);
+    match ended {
+        Err(error) => Err(Aftermath::of(error, after)),
+        Ok(ended) => {
+            tracing::warn!("xl has failed: {after}");
+            Ok(ended)
         }
     }
 }
@@ -178,24 +284,6 @@ fn check_truncated(output: &Output) -> Result<()> {
         ))));
     }
     Ok(())
-}
-
-/// What xl has written into a pipe, once it has been packed.
-///
-/// # Errors
-///
-/// The output failed, which may be why xl has.
-fn packed(fifo: Fifo, succeeded: bool) -> Result<Written> {
-    let Fifo { packer, .. } = fifo;
-    if !succeeded {
-        packer.image_failed();
-    }
-    match packer.finish() {
-        Ok(packed) if packed.is_whole => Ok(Written::Image),
-        Ok(_) => Ok(Written::Something),
-        Err(error) if pack::is_cancelled(&error) => Ok(Written::Something),
-        Err(error) => Err(error),
-    }
 }
 
 /// What xl has written.

@@ -20,8 +20,10 @@ pub(super) struct Words {
     is_value: bool,
     /// The positions of these words among xl's arguments: DOMAIN, then FILE or HOST.
     pub(super) positions: Vec<usize>,
-    /// The domain stays after a save (`-c`, `-p`).
-    pub(super) keeps: bool,
+    /// The domain runs on after a save (`-c`).
+    pub(super) copies: bool,
+    /// The domain stays after a save, paused (`-p`).
+    pub(super) pauses: bool,
     /// `--force` was given, which xl does not have.
     pub(super) force: bool,
     /// `-s` was given: the command that xl runs in place of ssh.
@@ -42,7 +44,8 @@ impl Words {
             with_value,
             is_value: false,
             positions: Vec::new(),
-            keeps: false,
+            copies: false,
+            pauses: false,
             force: false,
             names_ssh: false,
         })
@@ -59,7 +62,8 @@ impl Words {
                 if letters.starts_with('-') {
                     return;
                 }
-                self.keeps |= letters.contains(['c', 'p']);
+                self.copies |= letters.contains('c');
+                self.pauses |= letters.contains('p');
                 let takes = letters.find(|letter| self.with_value.contains(letter));
                 self.names_ssh |= takes.is_some_and(|at| letters[at..].starts_with('s'));
                 // The rest after the letter, if any, is the value.

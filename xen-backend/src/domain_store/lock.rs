@@ -109,7 +109,8 @@ impl DomainLock {
     }
 
     /// Records a child of this process as the holder of the lock, because it continues to work on
-    /// the domain even if this process is killed. This process still releases the lock.
+    /// the domain even if this process is killed, or this process again. This process still
+    /// releases the lock.
     ///
     /// # Errors
     ///

@@ -69,6 +69,47 @@ fn the_program_learns_whether_the_image_has_its_name() {
     assert_eq!(told, saved.replace("there\n", ""));
 }
 
+/// It is told by this process, after xl has ended, and may take long.
+#[test]
+fn a_user_who_insists_ends_a_program_that_is_told() {
+    let _alone = alone();
+    let dir = scratch();
+    let program = dir.path().join("program");
+    let [at, pid] = ["web.save", "pid"].map(|name| dir.path().join(name));
+    let waits = format!("#!/bin/sh\necho $$ > {}\nexec sleep 60\n", pid.display());
+    fs::write(&program, waits).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let image = crate::common::image("tpv");
+    let saves = format!("cat {} > \"$file\"; echo ready", image.display());
+    let saves = plays(&saves).replace("echo \"program", ": \"program");
+    script(dir.path(), &saves);
+    let limit = ["--at-freeze-limit", "60"];
+    let words = ["save", "--at-freeze", program.to_str().unwrap()];
+    let words = [&words[..], &limit, &["web", at.to_str().unwrap()]].concat();
+    let mut command = hearing(beside(dir.path(), &words));
+    command.stderr(Stdio::piped());
+    let (mut child, _held, _lines) = ready(command);
+    let told = || fs::read_to_string(&pid).is_ok_and(|pid| pid.ends_with('\n'));
+    crate::common::migration::until("the program is told", told);
+    let asked = Pid::from_raw(child.id().try_into().unwrap());
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+    kill(asked, Signal::SIGTERM).unwrap();
+    let announced = said.next().unwrap().unwrap();
+    assert!(
+        announced.contains("is told how the save ended"),
+        "{announced}"
+    );
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    kill(asked, Signal::SIGTERM).unwrap();
+    let said: String = said.map(Result::unwrap).collect();
+    assert!(said.contains("was not told how the save ended"), "{said}");
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{said}");
+    let number = fs::read_to_string(&pid).unwrap();
+    let gone = || !Path::new(&format!("/proc/{}", number.trim())).exists();
+    crate::common::migration::until("the program is killed", gone);
+    assert!(at.exists());
+}
+
 #[test]
 fn a_program_that_was_not_run_is_told_nothing() {
     let _alone = alone();
