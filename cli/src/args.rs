@@ -20,6 +20,7 @@ pub(crate) use self::mock::{
 };
 pub(crate) use self::plan::PlanArgs;
 pub(crate) use self::remus::{OnLoss, RemusArgs};
+pub(crate) use self::resume::ResumeArgs;
 pub(crate) use self::session::{CompressArg, OfferArgs, PortsArg, SessionArgs, TlsArg};
 pub(crate) use self::tunnel::TunnelArgs;
 
@@ -36,6 +37,8 @@ mod mock;
 mod plan;
 #[path = "args/remus.rs"]
 mod remus;
+#[path = "args/resume.rs"]
+mod resume;
 #[path = "args/session.rs"]
 mod session;
 #[path = "args/tunnel.rs"]
@@ -118,6 +121,7 @@ pub(crate) enum Command {
     MigrateReceive(ReceiveArgs),
     Tunnel(TunnelArgs),
     Remus(RemusArgs),
+    Resume(ResumeArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
     Diff(DiffArgs),
@@ -159,7 +163,7 @@ impl Command {
             },
             Self::Plan(args) => args.json || args.facts,
             Self::Demo(args) => args.json,
-            Self::Cat(_) | Self::Tunnel(_) => false,
+            Self::Cat(_) | Self::Resume(_) | Self::Tunnel(_) => false,
         }
     }
 }

@@ -219,6 +219,8 @@ fn directory(backend: &Backend) -> Result<&Path> {
 /// The command with which a user acts on a domain there.
 pub(crate) fn domain_command(backend: &Backend, verb: &str, rest: &str) -> String {
     match backend {
+        // xl has this only since Xen 4.20.
+        Backend::Auto | Backend::Xen if verb == "resume" => format!("xsr resume --direct {rest}"),
         Backend::Auto | Backend::Xen => format!("xl {verb} {rest}"),
         Backend::Mock(dir) | Backend::MockXen(dir) => {
             format!("xsr mock {verb} --host {} {rest}", dir.display())

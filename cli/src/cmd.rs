@@ -13,6 +13,7 @@ mod mock;
 mod plan;
 mod remus;
 mod restore;
+mod resume;
 pub(crate) mod save;
 mod tunnel;
 mod verify;
@@ -41,6 +42,7 @@ pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code>
         Command::MigrateReceive(args) => migrate_receive::run(&args, terminal),
         Command::Tunnel(args) => tunnel::run(&args, terminal),
         Command::Remus(args) => remus::run(&args, terminal),
+        Command::Resume(args) => resume::run(&args, terminal),
         Command::Plan(args) => plan::run(&args, terminal),
         Command::Mock(args) => mock::run(&args.command, terminal),
         Command::Demo(args) => demo::run(&args, terminal),

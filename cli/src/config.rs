@@ -12,6 +12,7 @@ use serde_json::Value;
 pub(crate) use xsr_format::config::max_pages;
 use xsr_format::config::{ConfiguredKind, DomainConfig};
 use xsr_format::guest_image::{MAX_HVM_VCPUS, MAX_PV_VCPUS};
+use xsr_xen_backend::domain_store::Extent;
 use xsr_xen_backend::{GuestKind, Uuid};
 
 use crate::exit::{BadImage, BadUsage};
@@ -159,15 +160,68 @@ pub(crate) fn with_values<'a>(
     json: &str,
     values: impl IntoIterator<Item = (&'a str, Value)>,
 ) -> Result<String, BadImage> {
-    let bad = |e| BadImage(format!("the domain's configuration is not valid JSON: {e}"));
-    let mut document: Value = serde_json::from_str(json).map_err(bad)?;
+    let mut document: Value = serde_json::from_str(json).map_err(invalid)?;
     for (at, value) in values {
         let (parent, key) = at.rsplit_once('/').unwrap_or(("", at));
         if let Some(Value::Object(parent)) = document.pointer_mut(parent) {
             parent.insert(key.to_owned(), value);
         }
     }
-    serde_json::to_string_pretty(&document).map_err(bad)
+    serde_json::to_string_pretty(&document).map_err(invalid)
+}
+
+fn invalid(error: serde_json::Error) -> BadImage {
+    BadImage(format!(
+        "the domain's configuration is not valid JSON: {error}"
+    ))
+}
+
+/// An amount of memory in `b_info`, if it is set.
+fn kib(config: &Value, key: &str) -> Option<u64> {
+    let value = config.get("b_info")?.get(key)?.as_u64()?;
+    // `LIBXL_MEMKB_DEFAULT`
+    (value != u64::MAX).then_some(value)
+}
+
+/// The memory and the vcpus of a configuration (C: `libxl__build_post`).
+pub(crate) fn extent(config: &Value, vcpus: u32) -> Extent {
+    let max_memory_kib = kib(config, "max_memkb").unwrap_or(0);
+    let video_memory_kib = kib(config, "video_memkb").unwrap_or(0);
+    let target = kib(config, "target_memkb").unwrap_or(max_memory_kib);
+    let online = config
+        .pointer("/b_info/avail_vcpus")
+        .and_then(Value::as_array);
+    let is_online = |vcpu: u32| match online {
+        Some(list) => list.contains(&Value::from(vcpu)),
+        None => true,
+    };
+    Extent {
+        max_memory_kib,
+        target_memory_kib: target.saturating_sub(video_memory_kib),
+        video_memory_kib,
+        vcpus_online: (0..vcpus).map(is_online).collect(),
+    }
+}
+
+/// The configuration of a domain that is to use `now` of its memory and vcpus (C:
+/// `libxl_retrieve_domain_configuration`).
+pub(crate) fn with_extent(json: &str, now: &Extent) -> Result<String, BadImage> {
+    let config: Value = serde_json::from_str(json).map_err(invalid)?;
+    let vcpus = &now.vcpus_online;
+    // The guest cannot have more than Xen has numbers for.
+    if extent(&config, u32::try_from(vcpus.len()).unwrap_or(u32::MAX)) == *now {
+        return Ok(json.to_owned());
+    }
+    let online = vcpus.iter().enumerate().filter(|(_, online)| **online);
+    let online: Vec<usize> = online.map(|(vcpu, _)| vcpu).collect();
+    let target = now.target_memory_kib.saturating_add(now.video_memory_kib);
+    let values = [
+        ("/b_info/max_memkb", now.max_memory_kib.into()),
+        ("/b_info/target_memkb", target.into()),
+        ("/b_info/video_memkb", now.video_memory_kib.into()),
+        ("/b_info/avail_vcpus", online.into()),
+    ];
+    with_values(json, values)
 }
 
 /// A UUID derived from a name and a seed (RFC 9562's version 8, which is meant for such).
@@ -288,6 +342,24 @@ mod tests {
         let other = renamed(&json, "db").expect("it is well-formed");
         let config = Config::parse(&other).expect("it is well-formed");
         assert_eq!((config.name.as_str(), config.vcpus), ("db", 1));
+    }
+
+    #[test]
+    fn a_domain_can_have_another_extent() {
+        let json = make("web", "0-1", GuestKind::Pvh, 3, 8192);
+        let value = |json: &str| serde_json::from_str::<Value>(json).expect("it is well-formed");
+        let mut now = extent(&value(&json), 3);
+        assert_eq!(with_extent(&json, &now), Ok(json.clone()));
+        now.target_memory_kib = 4096;
+        now.video_memory_kib = 1024;
+        now.vcpus_online[1] = false;
+        let other = with_extent(&json, &now).expect("it is well-formed");
+        assert_eq!(extent(&value(&other), 3), now);
+        assert_eq!(value(&other)["b_info"]["target_memkb"], 5120);
+        assert_eq!(
+            value(&other)["b_info"]["avail_vcpus"],
+            serde_json::json!([0, 2])
+        );
     }
 
     #[test]

@@ -362,6 +362,15 @@ pub trait DomainStore: Host {
     /// [`DomainStoreError::Backend`] and [`DomainStoreError::Storage`].
     fn devices(&self, domain: DomainRef) -> Result<Vec<String>, DomainStoreError>;
 
+    /// The memory and the vcpus that the domain is to use now. Another program may have changed
+    /// them since the domain was introduced (`xl mem-set`, `xl vcpu-set`), and its stored
+    /// configuration does not follow. `None` if the store does not know.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Storage`].
+    fn extent(&self, domain: DomainRef) -> Result<Option<Extent>, DomainStoreError>;
+
     /// Publishes a new domain: gives it its name if it has not been given one, and connects
     /// xenstore and its console to its rings. Its lock and earlier stored data stay.
     ///

@@ -141,6 +141,7 @@ impl Cli {
             Command::Migrate(args) => args.backend.settle(),
             Command::MigrateReceive(args) => args.backend.settle(),
             Command::Remus(args) => args.backend.settle(),
+            Command::Resume(args) => args.backend.settle(),
             Command::Plan(args) => args.backend.settle(),
             Command::Mock(args) => match &mut args.command {
                 MockCommand::Host(args) => args.host.settle(),

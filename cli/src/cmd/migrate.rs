@@ -37,7 +37,7 @@ use crate::transport::Link;
 use crate::watch::Watch;
 
 /// The suffix of the name of a domain that the destination has been told to run. As in xl.
-const MIGRATED_AWAY_SUFFIX: &str = "--migratedaway";
+pub(crate) const MIGRATED_AWAY_SUFFIX: &str = "--migratedaway";
 
 /// The name of a domain that the destination has been told to run.
 pub(crate) fn away(name: &str) -> String {

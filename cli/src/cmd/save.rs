@@ -550,14 +550,23 @@ impl Job<'_> {
     /// xl's header with the configuration.
     fn header(&self) -> Result<XlHeader> {
         let json = match backend::config(self.host, self.which)? {
-            // libxl does not notice that a domain has been renamed without it.
-            Some(json) => match self.host.name(self.which)? {
-                Some(name) => config::renamed(&json, &name)?,
-                None => json,
-            },
+            Some(json) => json,
             None => self.made_up_config()?,
         };
-        Ok(XlHeader::new(&json)?)
+        Ok(XlHeader::new(&self.present(json)?)?)
+    }
+
+    /// A configuration with what xenstore has of the domain: a rename without libxl changes
+    /// nothing else, and `xl mem-set` and `xl vcpu-set` do not, either.
+    fn present(&self, json: String) -> Result<String> {
+        let json = match self.host.name(self.which)? {
+            Some(name) => config::renamed(&json, &name)?,
+            None => json,
+        };
+        Ok(match self.host.extent(self.which)? {
+            Some(now) => config::with_extent(&json, &now)?,
+            None => json,
+        })
     }
 
     /// Write the image. Afterwards the domain is suspended, and dropping the result resumes it.

@@ -63,16 +63,7 @@ fn left(now: &Now, name: &str, backend: &Backend, to: Option<&Sent>) -> State {
         ),
         Condition::Suspended => (
             "is suspended here".to_owned(),
-            match backend {
-                Backend::Mock(_) | Backend::MockXen(_) => {
-                    format!(": `{}`", command("resume", handle))
-                }
-                // xl does not resume a domain that it has not suspended.
-                Backend::Auto | Backend::Xen => format!(
-                    "; restore it from an image, or `{}` and start it anew",
-                    command("destroy", handle)
-                ),
-            },
+            format!(": `{}`", command("resume", handle)),
         ),
         Condition::Down(_) => ("has shut down here".to_owned(), String::new()),
     };

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::common::migration::Hosts;
+use crate::common::migration::{Hosts, Running};
 use crate::common::{arg, backend, host_with, run, scratch};
 use xsr_xen_backend::domain_store::DomainStore;
 use xsr_xen_backend::mock::{HostConfig, MockHost};
@@ -206,6 +206,87 @@ fn a_domain_arrives_under_the_name_that_it_has() {
         receiver.end().code(0);
         assert_eq!(hosts.domains(), [vec![], vec!["db running".to_owned()]]);
     }
+}
+
+/// `xl mem-set` and `xl vcpu-set` change xenstore alone, and libxl sends what is there.
+#[test]
+fn a_domain_arrives_with_the_memory_that_it_is_to_use_now() {
+    let hosts = Hosts::direct("pvh", &["--vcpus", "2"]);
+    let moved = |from: &Path, to: &Path, socket: &str| {
+        let socket = hosts.path(socket);
+        let at = format!("unix:{}", socket.display());
+        let listen = ["migrate-receive", "--listen", &at].map(str::to_owned);
+        let mut receiver = Running::start(listen.iter().chain(&hosts.on(to)));
+        receiver.line("waiting at");
+        let send = ["migrate", "web", &at].map(str::to_owned);
+        run(send.iter().chain(&hosts.on(from))).code(0);
+        receiver.end().code(0);
+    };
+    let kept = |host: &Path| {
+        let machine = MockHost::open(host).unwrap().as_xen().unwrap();
+        let web = machine.find("web").unwrap();
+        let kept = machine.configuration(web).unwrap().unwrap();
+        (machine, web, String::from_utf8(kept.bytes).unwrap())
+    };
+    // It is told of its memory when it arrives.
+    moved(&hosts.here, &hosts.there, "a");
+    let (machine, web, before) = kept(&hosts.there);
+    let target = "\"target_memkb\": 8192";
+    let other = before
+        .replace(target, "\"target_memkb\": 4096")
+        .replace("\"max_memkb\": 8192", "\"max_memkb\": 16384");
+    assert!(before.contains(target) && other != before, "{before}");
+    machine.set_configuration(web, other.as_bytes()).unwrap();
+    drop(machine);
+    moved(&hosts.there, &hosts.here, "b");
+    let (_, _, after) = kept(&hosts.here);
+    let parsed = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    for at in ["/b_info/target_memkb", "/b_info/max_memkb"] {
+        assert_eq!(parsed(&after).pointer(at), parsed(&before).pointer(at));
+    }
+    let online = parsed(&after).pointer("/b_info/avail_vcpus").cloned();
+    assert_eq!(online, Some(serde_json::json!([0, 1])));
+}
+
+/// Only what is suspended, and not under the name of a domain that may run on another host.
+#[test]
+fn what_was_left_suspended_is_resumed() {
+    for hosts in Hosts::each("pvh", &[]) {
+        let on = hosts.on(&hosts.here);
+        let resume = |name: &str| run(["resume", name].map(str::to_owned).iter().chain(&on));
+        resume("web").code(1).stderr_has("it runs");
+        let machine = MockHost::open(&hosts.here).unwrap();
+        let web = DomainStore::find(&machine, "web").unwrap();
+        let domain = machine.domain(web.domid).unwrap();
+        domain.suspend().unwrap();
+        for (name, why) in [
+            ("web--migratedaway", "another host has been told to run it"),
+            ("web--incoming", "another host sends"),
+        ] {
+            DomainStore::rename(&machine, web, "web", name).unwrap();
+            resume(name).code(1).stderr_has(why);
+            assert_eq!(hosts.domains()[0], [format!("{name} suspended")]);
+            DomainStore::rename(&machine, web, name, "web").unwrap();
+        }
+        let lock = machine.lock(web, "xsr migrate web").unwrap();
+        resume("web").code(1).stderr_has("xsr migrate web");
+        drop(lock);
+        resume("web").code(0).stderr_has("web runs on here");
+        assert_eq!(hosts.domains()[0], ["web running"]);
+        domain.pause().unwrap();
+        resume("web")
+            .code(1)
+            .stderr_has("it is paused, not suspended");
+    }
+    let hosts = Hosts::direct("hvm", &[]);
+    let on = hosts.on(&hosts.here);
+    let direct = ["resume", "web"].map(str::to_owned);
+    run(direct.iter().chain(&on))
+        .code(1)
+        .stderr_has("has a device model");
+    run(["resume", "--backend", "xen", "web"])
+        .code(64)
+        .stderr_has("give --direct");
 }
 
 /// A stream of Xen before 4.14: version 2, without CPU policies.

@@ -221,12 +221,13 @@ fn every_method(
         console: None,
         extent: None,
     };
-    let all: [(&str, Result<(), DomainStoreError>); 13] = [
+    let all: [(&str, Result<(), DomainStoreError>); 14] = [
         ("check", store.check(domain).map(drop)),
         ("open", store.open(domain).map(drop)),
         ("name", store.name(domain).map(drop)),
         ("give_name", store.give_name(domain, &full("b"))),
         ("devices", store.devices(domain).map(drop)),
+        ("extent", store.extent(domain).map(drop)),
         ("rename", store.rename(domain, &full("a"), &full("b"))),
         ("configuration", store.configuration(domain).map(drop)),
         ("set_configuration", store.set_configuration(domain, b"{}")),

@@ -20,7 +20,7 @@ use super::{MockHost, check_name, phase};
 use crate::DomainControl;
 use crate::domain_store::{
     Configuration, ConfigurationKeeper, DestroyOutcome, Destroyed, DomainLock, DomainRef,
-    DomainStore, DomainStoreError, Introduction, ListedDomain, LockHolder,
+    DomainStore, DomainStoreError, Extent, Introduction, ListedDomain, LockHolder,
 };
 use crate::error::BackendError;
 
@@ -208,6 +208,11 @@ impl DomainStore for MockHost {
         // The machine's guests have no devices, except the emulator records that are stored with a
         // domain.
         self.named(domain).map(|_| Vec::new())
+    }
+
+    fn extent(&self, domain: DomainRef) -> Result<Option<Extent>, DomainStoreError> {
+        // There is no xenstore through which it could have changed.
+        self.named(domain).map(|_| None)
     }
 
     fn introduce(

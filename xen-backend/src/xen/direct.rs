@@ -110,6 +110,35 @@ impl XenHost {
         Ok(found)
     }
 
+    /// What a domain's nodes say of its memory and of its vcpus up to `last_vcpu`; `None` without
+    /// those of its memory. As in libxl, a vcpu without a node is offline (C:
+    /// `libxl__update_avail_vcpus_xenstore`, `libxl__get_memory_target`).
+    pub(crate) fn extent_of(
+        &self,
+        domid: DomId,
+        last_vcpu: u32,
+    ) -> Result<Option<Extent>, StoreError> {
+        let read = |path: &str| self.shared.store.read(&node(domid, path));
+        let kib = |what: &str| -> Result<Option<u64>, StoreError> {
+            let value = read(&format!("/memory/{what}"))?;
+            Ok(value.and_then(|value| str::from_utf8(&value).ok()?.parse().ok()))
+        };
+        let (Some(max_memory_kib), Some(target_memory_kib)) = (kib("static-max")?, kib("target")?)
+        else {
+            return Ok(None);
+        };
+        let is_online = |vcpu: u32| -> Result<bool, StoreError> {
+            let value = read(&format!("/cpu/{vcpu}/availability"))?;
+            Ok(value.as_deref() == Some(b"online"))
+        };
+        Ok(Some(Extent {
+            max_memory_kib,
+            target_memory_kib,
+            video_memory_kib: kib("videoram")?.unwrap_or(0),
+            vcpus_online: (0..=last_vcpu).map(is_online).collect::<Result<_, _>>()?,
+        }))
+    }
+
     /// Give a domain its name and its nodes, and connect xenstore and console to its rings. A guest
     /// without a console ring has no console.
     ///
@@ -189,6 +218,20 @@ impl XenHost {
             .map_err(&fail)
     }
 
+    /// Whether another domain has the node below `/vm`, too: a copy of this one, of a migration to
+    /// this same host, has the same UUID.
+    fn is_shared(&self, path: &str, domid: DomId) -> bool {
+        let xenstore = &*self.shared.store;
+        let domains = xenstore.list("/local/domain").unwrap_or_default();
+        domains
+            .iter()
+            .filter(|other| **other != domid.0.to_string())
+            .any(|other| {
+                let found = xenstore.read(&format!("/local/domain/{other}/vm"));
+                matches!(found, Ok(Some(found)) if found == path.as_bytes())
+            })
+    }
+
     /// Removes a domain's nodes in xenstore: those that [`XenHost::connect`] made, and those that
     /// libxl keeps for a domain that it created and that has no device but its console. xenstore
     /// releases the domain's ring by itself once the domain is destroyed.
@@ -209,7 +252,8 @@ impl XenHost {
         match xenstore.read(&node(domid, "/vm")) {
             Ok(path) => {
                 let path = path.and_then(|path| String::from_utf8(path).ok());
-                paths.extend(path.filter(|path| path.starts_with("/vm/")));
+                let path = path.filter(|path| path.starts_with("/vm/"));
+                paths.extend(path.filter(|path| !self.is_shared(path, domid)));
             }
             Err(error) => first = Some(error),
         }

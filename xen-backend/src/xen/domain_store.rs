@@ -30,7 +30,7 @@ use self::lock::{OurLock, holder};
 use super::{Shared, XenHost, sys};
 use crate::domain_store::{
     Configuration, ConfigurationKeeper, DestroyOutcome, Destroyed, DomainLock, DomainRef,
-    DomainStore, DomainStoreError, Introduction, LeftBehind, ListedDomain, Process,
+    DomainStore, DomainStoreError, Extent, Introduction, LeftBehind, ListedDomain, Process,
 };
 use crate::xenstore::{Nodes, StoreError};
 use crate::{BackendError, DomId, Host as _};
@@ -558,6 +558,12 @@ impl DomainStore for XenHost {
     fn devices(&self, domain: DomainRef) -> Result<Vec<String>, DomainStoreError> {
         self.check(domain)?;
         Ok(self.devices_of(domain.domid)?)
+    }
+
+    fn extent(&self, domain: DomainRef) -> Result<Option<Extent>, DomainStoreError> {
+        let info = self.check(domain)?;
+        self.extent_of(domain.domid, info.max_vcpu_id)
+            .map_err(failed("reading the memory's target", domain.domid))
     }
 
     fn introduce(

@@ -170,6 +170,24 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("direct_resume", "pvh"),
     more("direct_settings", "pv"),
     more("direct_settings", "pvh"),
+    more("direct_migrate", "pvh"),
+    more("direct_migrate", "pvh2"),
+    more("direct_migrate_still", "pv"),
+    more("direct_to_xl", "pvh"),
+    more("direct_to_xl_still", "pv"),
+    more("direct_from_xl", "pvh"),
+    more("direct_refused", "pvh"),
+    more("direct_lost", "pvh"),
+    more("direct_lost_still", "pv"),
+    more("direct_cancel", "pvh"),
+    more("direct_remus", "pvh"),
+    more("tunnel", "pvh"),
+    more("plan", "pv"),
+    more("plan", "pvh"),
+    more("plan", "hvm"),
+    more("save_packed", "pv"),
+    more("save_packed", "pvh"),
+    more("freeze", "pvh"),
     more("balloon_live", "balloon"),
     more("balloon_live", "balloonhvm"),
     more("gone_guest", "pvh"),
@@ -211,6 +229,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     shadow("direct", "pv32x2"),
     shadow("direct_live", "pv"),
     shadow("direct_live", "pv32"),
+    shadow("direct_migrate", "pv"),
+    shadow("direct_migrate", "pv32"),
+    shadow("direct_to_xl", "pv"),
+    shadow("direct_from_xl", "pv"),
     shadow("through_xl", "pv32"),
     shadow("through_xl_migrate", "pv"),
     shadow("through_xl_cancel", "pv"),
@@ -377,6 +399,56 @@ const KINDS: &[(&str, &str)] = &[
         "xsr restore --direct of libxl's image sets what xl restore sets: UUID, timer mode, clock",
     ),
     (
+        "direct_migrate",
+        "xsr migrate --direct to xsr migrate-receive --direct on the same host, live, and again",
+    ),
+    (
+        "direct_migrate_still",
+        "the same, suspended first, which needs no dirty log",
+    ),
+    (
+        "direct_to_xl",
+        "xsr migrate --direct to a stock xl migrate-receive, live; then xl save",
+    ),
+    ("direct_to_xl_still", "the same, suspended first"),
+    (
+        "direct_from_xl",
+        "a stock xl migrate to xsr migrate-receive --direct, live, and back to an xl",
+    ),
+    (
+        "direct_refused",
+        "migrate-receive --direct refuses what needs libxl by name, and the guest notices nothing",
+    ),
+    (
+        "direct_lost",
+        "\"go\" and the report of a --direct migration are lost: xsr resume --direct, or xl destroy",
+    ),
+    ("direct_lost_still", "the same, suspended first"),
+    (
+        "direct_cancel",
+        "SIGTERM in the middle of xsr migrate --direct: the guest counts on",
+    ),
+    (
+        "direct_remus",
+        "xsr remus --direct to the same host; the sender dies, the receiver takes over",
+    ),
+    (
+        "tunnel",
+        "a stock xl migrate -s 'xsr tunnel' to the same host: two connections, and inside of ssh",
+    ),
+    (
+        "plan",
+        "xsr plan of a guest and of its image: both fit on the Xen that they come from",
+    ),
+    (
+        "save_packed",
+        "xsr save --compress zstd by way of xl; the stock helper restores what zstd unpacks",
+    ),
+    (
+        "freeze",
+        "xsr save --live -c --layout mapped --at-freeze by way of xl; the stock helper restores it",
+    ),
+    (
         "balloon_live",
         "a guest that gives pages back and takes them again during a live migration, with our helper",
     ),
@@ -421,9 +493,14 @@ mod tests {
 
     #[test]
     fn every_kind_is_described_and_is_a_function_in_dom0() {
-        let script = ["dom0/scenarios", "dom0/findings", "dom0/two-hosts"]
-            .map(|file| std::fs::read_to_string(source(file)).unwrap())
-            .concat();
+        let script = [
+            "dom0/scenarios",
+            "dom0/findings",
+            "dom0/commands",
+            "dom0/two-hosts",
+        ]
+        .map(|file| std::fs::read_to_string(source(file)).unwrap())
+        .concat();
         for scenario in SCENARIOS {
             assert!(!scenario.about().is_empty(), "{}", scenario.name());
             let function = format!("\n{}() {{", scenario.kind);

@@ -108,6 +108,7 @@ impl Share {
             "lib",
             "scenarios",
             "findings",
+            "commands",
             "two-hosts",
             "play-libxl",
             "measure-helper",

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use xsr_xen_backend::domain_store::Extent;
 use xsr_xen_backend::{DomainSettings, Uuid};
 
+use crate::config;
 use crate::origin::TIMER_MODES;
 
 /// Keys of `c_info` that a restore does not need, or that are read elsewhere.
@@ -79,39 +80,12 @@ pub(super) fn of(config: &Value, vcpus: u32) -> Result<Said, Vec<String>> {
         true => Ok(Said {
             uuid,
             settings: reader.settings,
-            extent: extent(config, vcpus),
+            extent: config::extent(config, vcpus),
             changes_cpuid: config
                 .pointer("/b_info/cpuid")
                 .is_some_and(|cpuid| !says_nothing(cpuid)),
         }),
         false => Err(reader.refused),
-    }
-}
-
-/// An amount of memory in `b_info`, if it is set.
-fn kib(config: &Value, key: &str) -> Option<u64> {
-    let value = config.get("b_info")?.get(key)?.as_u64()?;
-    // `LIBXL_MEMKB_DEFAULT`
-    (value != u64::MAX).then_some(value)
-}
-
-/// C: `libxl__build_post`.
-fn extent(config: &Value, vcpus: u32) -> Extent {
-    let max_memory_kib = kib(config, "max_memkb").unwrap_or(0);
-    let video_memory_kib = kib(config, "video_memkb").unwrap_or(0);
-    let target = kib(config, "target_memkb").unwrap_or(max_memory_kib);
-    let online = config
-        .pointer("/b_info/avail_vcpus")
-        .and_then(Value::as_array);
-    let is_online = |vcpu: u32| match online {
-        Some(list) => list.contains(&Value::from(vcpu)),
-        None => true,
-    };
-    Extent {
-        max_memory_kib,
-        target_memory_kib: target.saturating_sub(video_memory_kib),
-        video_memory_kib,
-        vcpus_online: (0..vcpus).map(is_online).collect(),
     }
 }
 

@@ -119,6 +119,19 @@ fn a_domain_of_libxl_without_devices_leaves_no_node() {
     }
 }
 
+/// Two domains have one UUID while one of them moves to the other on this host.
+#[test]
+fn what_a_copy_on_the_same_host_has_stays() {
+    let made = of_libxl();
+    let vm = format!("/vm/{}", made.domain.uuid);
+    let other = "/local/domain/99/vm";
+    made.face.write(other, vm.as_bytes()).unwrap();
+    drop(made.host.destroy(made.domain, Duration::ZERO).unwrap());
+    assert_eq!(made.face.list("/local/domain").unwrap(), ["99"]);
+    assert_eq!(made.face.list("/libxl").unwrap(), [""; 0]);
+    assert!(read(&made.face, &format!("{vm}/name")).is_some());
+}
+
 #[test]
 fn the_configuration_of_libxl_comes_first_and_is_never_written() {
     let made = of_libxl();
@@ -478,6 +491,36 @@ fn a_guest_is_told_of_its_memory_and_its_vcpus() {
         assert_eq!(has(node).as_deref(), Some(value), "{node}");
     }
     assert_eq!(has("control/shutdown").as_deref(), Some(""));
+}
+
+/// libxl changes the nodes, and not the configuration that it keeps.
+#[test]
+fn what_a_guest_is_told_now_is_read_from_its_nodes() {
+    let made = of_libxl();
+    let store = made.store();
+    let below = format!("/local/domain/{}", made.domain.domid.0);
+    let write = |node: &str, value: &str| {
+        let path = format!("{below}/{node}");
+        made.face.write(&path, value.as_bytes()).unwrap();
+    };
+    for node in ["memory/static-max", "memory/target"] {
+        assert_eq!(store.extent(made.domain).unwrap(), None);
+        write(node, "65536");
+    }
+    write("cpu/0/availability", "online");
+    write("memory/target", "32768");
+    let mut expected = Extent {
+        max_memory_kib: 65536,
+        target_memory_kib: 32768,
+        video_memory_kib: 0,
+        vcpus_online: vec![true],
+    };
+    assert_eq!(store.extent(made.domain).unwrap().as_ref(), Some(&expected));
+    write("cpu/0/availability", "offline");
+    write("memory/videoram", "4096");
+    expected.video_memory_kib = 4096;
+    expected.vcpus_online = vec![false];
+    assert_eq!(store.extent(made.domain).unwrap(), Some(expected));
 }
 
 #[test]
