@@ -213,6 +213,9 @@ pub(crate) enum Named {
     AsItSays,
     /// A temporary name ([`INCOMING`]), until the sender has let go of it.
     Incoming,
+    /// The same for a domain that runs when the sender is lost, even if it cannot have its final
+    /// name.
+    StandingBy,
 }
 
 /// The suffix of the name of a domain that is being received. C:

@@ -180,7 +180,6 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("direct_lost", "pvh"),
     more("direct_lost_still", "pv"),
     more("direct_cancel", "pvh"),
-    more("direct_remus", "pvh"),
     more("tunnel", "pvh"),
     more("plan", "pv"),
     more("plan", "pvh"),
@@ -427,10 +426,6 @@ const KINDS: &[(&str, &str)] = &[
     (
         "direct_cancel",
         "SIGTERM in the middle of xsr migrate --direct: the guest counts on",
-    ),
-    (
-        "direct_remus",
-        "xsr remus --direct to the same host; the sender dies, the receiver takes over",
     ),
     (
         "tunnel",

@@ -69,7 +69,7 @@ impl<'a> Image<'a> {
         how: &StandBy<'a, '_>,
         made: &mut Option<Made>,
     ) -> Result<Survival> {
-        let made = made.insert(self.plan.make(how.host, Named::Incoming)?);
+        let made = made.insert(self.plan.make(how.host, Named::StandingBy)?);
         let rings = made.rings()?;
         let domain = made.domain.as_ref();
         let mut standby = Standby::new(how, made, self.around)?;

@@ -40,7 +40,7 @@ impl<'a> Image<'a> {
         work: Option<workload::Work>,
         made: &mut Option<Made>,
     ) -> Result<Survival> {
-        let made = made.insert(self.plan.make(how.host, Named::Incoming)?);
+        let made = made.insert(self.plan.make(how.host, Named::StandingBy)?);
         let rings = made.rings()?;
         let domain = made.domain.as_ref();
         let mut back = ConnectionWriter::new(how.connection, how.wait);

@@ -88,7 +88,7 @@ impl Made {
         let (host, which, name) = (&self.host, self.which, &self.about.name);
         let (command, at_first) = match named {
             Named::AsItSays => ("restore", name.clone()),
-            Named::Incoming => ("migrate-receive", format!("{name}{INCOMING}")),
+            Named::Incoming | Named::StandingBy => ("migrate-receive", format!("{name}{INCOMING}")),
         };
         self.lock = Some(host.lock_whole(which, &format!("xsr {command} {name}"))?);
         host.give_name(which, &at_first).map_err(|error| {

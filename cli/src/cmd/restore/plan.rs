@@ -151,12 +151,12 @@ pub(super) struct RestorePlan {
     name_is_made_up: bool,
 }
 
-/// Whether a domain has this name. Here a name of digits is not a number ([`DomainStore::find`]).
-fn is_taken(host: &dyn DomainStore, name: &str) -> Result<bool> {
+/// Whether a domain other than `except` has this name. Here a name of digits is not a number ([`DomainStore::find`]).
+fn is_taken(host: &dyn DomainStore, name: &str, except: Option<Uuid>) -> Result<bool> {
     let domains = host.list()?;
     Ok(domains
         .iter()
-        .any(|listed| listed.name.as_deref() == Some(name)))
+        .any(|listed| listed.name.as_deref() == Some(name) && Some(listed.info.uuid) != except))
 }
 
 /// The UUID that a configuration gives its domain.
@@ -412,7 +412,10 @@ impl RestorePlan {
     /// Create the domain, paused and without memory.
     pub(super) fn make(&self, host: &Hypervisor, named: Named) -> Result<Made> {
         let name = &self.name;
-        if is_taken(&**host, name)? {
+        // A domain that moves to its own host gives its name up before it runs here; if it does
+        // not, it keeps it.
+        let itself = (named == Named::Incoming && !self.uuid.is_nil()).then_some(self.uuid);
+        if is_taken(&**host, name, itself)? {
             let another = match named {
                 Named::AsItSays if self.name_is_made_up => "give this one another with --name",
                 Named::AsItSays => {
@@ -420,15 +423,17 @@ impl RestorePlan {
                      makes an image that keeps its UUID), destroy the other first, or restore on \
                      another host"
                 }
-                Named::Incoming => "destroy or rename it first, or migrate elsewhere",
+                Named::Incoming | Named::StandingBy => {
+                    "destroy or rename it first, or migrate elsewhere"
+                }
             };
             return Err(Error::msg(format!(
                 "a domain named {name:?} exists already; {another}"
             )));
         }
-        if named == Named::Incoming {
+        if named != Named::AsItSays {
             let incoming = format!("{name}{INCOMING}");
-            if is_taken(&**host, &incoming)? {
+            if is_taken(&**host, &incoming, None)? {
                 return Err(Error::msg(format!(
                     "a domain named {incoming:?} exists: a migration that broke off left it; see \
                      that the sender still has its own, then destroy this one"
