@@ -59,6 +59,7 @@ const MISSING: &str = "
 
 - HVM guests with an operating system, or with PV devices other than console and xenstore.
 - `direct` of HVM guests: refused, for they need a device model, which is libxl's.
+- `remus --direct`: it is refused on one host, and has not been run between two.
 - Live migration of PV guests on Debian's own hypervisor: without shadow paging Xen refuses to
   log what they write (EOPNOTSUPP), to the stock helper and to ours. Hence *s*.
 - A Xen newer than 4.20: on 2026-11-25 no suite of Debian had one (sid had 4.20.4). For that of
