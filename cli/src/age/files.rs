@@ -27,9 +27,13 @@ pub(crate) fn use_identities(files: &[PathBuf]) -> Result<()> {
         let name = || shown_path(path);
         let mut text = String::new();
         let file = File::open(path).with_context(name)?;
-        file.take(MAX_FILE)
+        file.take(MAX_FILE + 1)
             .read_to_string(&mut text)
             .with_context(name)?;
+        if text.len() as u64 > MAX_FILE {
+            let why = format!("{} is longer than 1 MiB, which a file of identities never is", name());
+            return Err(Error::new(BadUsage(why)));
+        }
         // The line itself may be a secret with a typing error.
         let found = Identity::parse_file(&text).map_err(|line| {
             Error::new(BadUsage(format!(

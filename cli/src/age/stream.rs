@@ -39,6 +39,9 @@ pub(crate) struct Encrypting<W> {
     key: LessSafeKey,
     counter: Counter,
     piece: Vec<u8>,
+    /// Whether a piece could not be written. Its number must not be used for another one, because
+    /// two pieces under one nonce reveal their contents.
+    has_failed: bool,
 }
 
 impl<W: Write> Encrypting<W> {
@@ -50,10 +53,13 @@ impl<W: Write> Encrypting<W> {
             key: key_of(key, &nonce),
             counter: Counter::default(),
             piece: Vec::with_capacity(PIECE + TAG),
+            has_failed: false,
         })
     }
 
     fn seal(&mut self, last: bool) -> io::Result<()> {
+        self.check()?;
+        self.has_failed = true;
         let nonce = self.counter.nonce(last);
         let sealed = self
             .key
@@ -62,14 +68,22 @@ impl<W: Write> Encrypting<W> {
         self.sink.write_all(&self.piece)?;
         self.piece.clear();
         self.counter.0 += 1;
+        self.has_failed = false;
         Ok(())
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match self.has_failed {
+            true => Err(io::Error::other("an earlier part could not be written")),
+            false => Ok(()),
+        }
     }
 
     /// Writes the last piece. Without it, the file counts as truncated.
     ///
     /// # Errors
     ///
-    /// The sink's error.
+    /// The sink's error, also that of an earlier write.
     pub(crate) fn finish(mut self) -> io::Result<W> {
         self.seal(true)?;
         Ok(self.sink)
@@ -78,6 +92,7 @@ impl<W: Write> Encrypting<W> {
 
 impl<W: Write> Write for Encrypting<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.check()?;
         // The last piece is only known to be the last at the end.
         if self.piece.len() == PIECE && !bytes.is_empty() {
             self.seal(false)?;
@@ -100,7 +115,17 @@ pub(crate) struct Decrypted<R> {
     piece: Vec<u8>,
     /// How much of the piece has been read.
     from: usize,
-    is_over: bool,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Pieces may follow.
+    Reading,
+    /// The piece is the last.
+    Over,
+    /// A piece could not be read. What follows would no longer be the contents in order.
+    Failed,
 }
 
 impl<R: BufRead> Decrypted<R> {
@@ -118,27 +143,48 @@ impl<R: BufRead> Decrypted<R> {
             counter: Counter::default(),
             piece: Vec::new(),
             from: 0,
-            is_over: false,
+            state: State::Reading,
         })
     }
 
-    /// Reads the next piece.
+    /// Reads the next piece. After an error there is none.
     fn next(&mut self) -> io::Result<()> {
         self.piece.clear();
         self.from = 0;
+        self.state = State::Failed;
+        let (plain, state) = self.read_piece()?;
+        self.piece = plain;
+        self.counter.0 += 1;
+        self.state = state;
+        Ok(())
+    }
+
+    /// Whether the source has ended.
+    fn has_ended(&mut self) -> io::Result<bool> {
+        loop {
+            match self.source.fill_buf() {
+                Ok(rest) => return Ok(rest.is_empty()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn read_piece(&mut self) -> io::Result<(Vec<u8>, State)> {
+        let mut piece = Vec::new();
         let most = (PIECE + TAG) as u64;
         self.source
             .by_ref()
             .take(most)
-            .read_to_end(&mut self.piece)?;
-        let is_last = self.piece.len() < PIECE + TAG || self.source.fill_buf()?.is_empty();
-        let plain = match self.open(is_last) {
+            .read_to_end(&mut piece)?;
+        let is_last = piece.len() < PIECE + TAG || self.has_ended()?;
+        let plain = match self.open(&piece, is_last) {
             Some(plain) => plain,
             // The file ends between two pieces: if this one is not the last, that is why.
-            None if is_last && self.open(false).is_some() => {
+            None if is_last && self.open(&piece, false).is_some() => {
                 return Err(AgeError::Truncated.into());
             }
-            None if self.piece.len() < TAG => return Err(AgeError::Truncated.into()),
+            None if piece.len() < TAG => return Err(AgeError::Truncated.into()),
             None => {
                 let at = self.counter.0.saturating_mul(PIECE as u64);
                 return Err(AgeError::Damaged { at }.into());
@@ -149,15 +195,16 @@ impl<R: BufRead> Decrypted<R> {
             let at = self.counter.0.saturating_mul(PIECE as u64);
             return Err(AgeError::Damaged { at }.into());
         }
-        self.piece = plain;
-        self.counter.0 += 1;
-        self.is_over = is_last;
-        Ok(())
+        let state = match is_last {
+            true => State::Over,
+            false => State::Reading,
+        };
+        Ok((plain, state))
     }
 
-    /// The contents of the piece, if it is intact.
-    fn open(&self, is_last: bool) -> Option<Vec<u8>> {
-        let mut piece = self.piece.clone();
+    /// The contents of a piece, if it is intact.
+    fn open(&self, piece: &[u8], is_last: bool) -> Option<Vec<u8>> {
+        let mut piece = piece.to_owned();
         let nonce = self.counter.nonce(is_last);
         let plain = self.key.open_in_place(nonce, Aad::empty(), &mut piece);
         let bytes = plain.ok()?.len();
@@ -172,10 +219,14 @@ impl<R: BufRead> Read for Decrypted<R> {
             return Ok(0);
         }
         if self.from == self.piece.len() {
-            if self.is_over {
-                return Ok(0);
+            match self.state {
+                State::Reading => self.next()?,
+                State::Over => return Ok(0),
+                State::Failed => {
+                    let why = "an earlier part of the encrypted data could not be read";
+                    return Err(io::Error::other(why));
+                }
             }
-            self.next()?;
         }
         let ready = &self.piece[self.from..];
         let bytes = ready.len().min(room.len());

@@ -100,6 +100,64 @@ fn a_changed_bit_anywhere_is_found() {
     }
 }
 
+/// Neither encrypted bytes nor a later piece, which is intact.
+#[test]
+fn nothing_is_read_after_an_error() {
+    let (own, to) = generated();
+    let own = identity(&own);
+    let plain = contents(3 * PIECE);
+    let mut file = encrypted(&plain, &[to]);
+    let second = file.len() - 2 * (PIECE + 16);
+    file[second + 5] ^= 1;
+    let mut source = decrypt(Cursor::new(file), std::slice::from_ref(&own)).expect("a header");
+    let mut first = vec![0; PIECE];
+    source.read_exact(&mut first).expect("an intact piece");
+    assert!(first == plain[..PIECE]);
+    for _ in 0..4 {
+        assert!(source.read(&mut first).is_err());
+    }
+}
+
+/// A sink that fails once, after this many bytes.
+struct FailsOnce {
+    written: Vec<u8>,
+    at: Option<usize>,
+}
+
+impl Write for FailsOnce {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.at.is_some_and(|at| self.written.len() >= at) {
+            self.at = None;
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.written.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The failed piece may be in the file already: another one under its nonce would reveal both.
+#[test]
+fn nothing_is_encrypted_after_an_error() {
+    let (_, to) = generated();
+    let head = encrypted(b"", std::slice::from_ref(&to)).len() - 16;
+    let sink = FailsOnce {
+        written: Vec::new(),
+        at: Some(head),
+    };
+    let mut sink = encrypt(sink, &[to]).expect("a header");
+    let error = sink.write_all(&contents(PIECE + 1)).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    for _ in 0..2 {
+        let error = sink.write_all(b"x").unwrap_err();
+        assert!(error.to_string().contains("earlier"), "{error}");
+    }
+    assert!(sink.finish().is_err());
+}
+
 #[test]
 fn pieces_that_change_places_are_found() {
     let (own, to) = generated();
