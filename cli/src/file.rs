@@ -78,8 +78,12 @@ impl Input {
     }
 
     /// As [`Input::open`], for a caller that reads it more than once: a wrapped image is unwrapped
-    /// into an unnamed temporary file.
-    pub(crate) fn open_seekable(path: &Path, lenient: bool) -> anyhow::Result<Self> {
+    /// into an unnamed temporary file, with a progress bar.
+    pub(crate) fn open_seekable(
+        path: &Path,
+        lenient: bool,
+        terminal: &Terminal,
+    ) -> anyhow::Result<Self> {
         let input = Self::open(path, lenient)?;
         let Some(feed) = &input.feed else {
             return Ok(input);
@@ -93,11 +97,17 @@ impl Input {
             to: &file,
             failed: &failed,
         };
+        let what = "unpacking";
+        let bar = match input.follow(terminal, what) {
+            None => Follower::start(terminal, what, &file, None),
+            bar => bar,
+        };
         let options = ReadOptions { lenient, offset: 0 };
         let walked = Walk::open(source, options).and_then(|mut walk| {
             while walk.next_step()?.is_some() {}
             Ok(())
         });
+        drop(bar);
         if let Some(error) = failed.take() {
             let place = std::env::temp_dir();
             return Err(anyhow::Error::new(error)).with_context(|| {

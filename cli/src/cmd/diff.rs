@@ -22,7 +22,6 @@ use self::image::Image;
 use crate::args::DiffArgs;
 use crate::backend::phase;
 use crate::exit::Code;
-use crate::file::Input;
 use crate::image::Reading;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
@@ -46,8 +45,8 @@ pub(crate) fn run(args: &DiffArgs, terminal: &Terminal) -> Result<Code> {
     let reading = Reading {
         lenient: args.lenient,
     };
-    let a = Image::read(Input::open_seekable(&args.a, args.lenient)?, reading)?;
-    let b = Image::read(Input::open_seekable(&args.b, args.lenient)?, reading)?;
+    let a = Image::read(&args.a, reading, terminal)?;
+    let b = Image::read(&args.b, reading, terminal)?;
     let comparison = compare(&a, &b, args.after_restore, terminal)?;
     let differences = &comparison.differences;
     let differ = comparison.differ();
@@ -81,8 +80,8 @@ pub(crate) fn run(args: &DiffArgs, terminal: &Terminal) -> Result<Code> {
 /// Compare an image with one that was saved from a domain restored from it.
 pub(crate) fn files(a: &Path, b: &Path, terminal: &Terminal) -> Result<Comparison> {
     let reading = Reading { lenient: false };
-    let a = Image::read(Input::open_seekable(a, false)?, reading)?;
-    let b = Image::read(Input::open_seekable(b, false)?, reading)?;
+    let a = Image::read(a, reading, terminal)?;
+    let b = Image::read(b, reading, terminal)?;
     compare(&a, &b, true, terminal)
 }
 

@@ -67,13 +67,14 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     })?;
     output.check_json(args.json)?;
     let name = output.name().to_owned();
-    let input = Input::open_seekable(&args.file, args.lenient)?;
+    let input = Input::open_seekable(&args.file, args.lenient, terminal)?;
     input.seekable("export reads an image twice")?;
     let mut contents = Contents::default();
     contents.core.translated = args.pfn_list;
     let reading = Reading {
         lenient: args.lenient,
     };
+    let bar = input.follow(terminal, "reading");
     let walked = reading.over(&input, &mut |step| {
         contents.step(&step)?;
         Ok(())
@@ -81,6 +82,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     if let Some(guest) = walked.guest {
         contents.take_guest(guest);
     }
+    drop(bar);
     let bar = output.follow(terminal, "exporting", Some(contents.pages() * PAGE));
     let started = Instant::now();
     let (written, _) = output.fill(|sink| {

@@ -51,7 +51,7 @@ const MOST_FIELDS: usize = 1 << 18;
 /// Inspect one image. If it is bad, what could be read is shown before the error.
 pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     if let Some(pfn) = args.page {
-        return page::run(args, pfn);
+        return page::run(args, pfn, terminal);
     }
     let input = Input::open(&args.file, args.lenient)?;
     // A bad index is reported at the end, because the image's contents are still worth seeing.

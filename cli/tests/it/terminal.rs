@@ -158,6 +158,35 @@ fn a_conversion_that_takes_long_shows_how_far_it_is() {
     );
 }
 
+/// A compressed image is unpacked before it can be read twice.
+#[test]
+fn unpacking_that_takes_long_shows_how_far_it_is() {
+    let dir = scratch();
+    let (image, packed) = (crate::common::image("tpv"), dir.path().join("packed"));
+    let out = dir.path().join("o.raw");
+    let convert = ["convert", "--compress", "zstd", arg(&image), "-o", arg(&packed)];
+    run(convert).code(0);
+    let whole = std::fs::read(&packed).unwrap();
+    let commands: [&[&str]; 3] = [
+        &["export", "--format", "raw", "-", "-o", arg(&out)],
+        &["diff", "-", arg(&image)],
+        &["inspect", "--page", "0", "-"],
+    ];
+    for command in commands {
+        let lines = drawn(80, command, |stdin| {
+            let mut stdin = stdin.unwrap();
+            stdin.write_all(&whole[..whole.len() / 2]).unwrap();
+            // Longer than the second before it draws.
+            let (_ending, ended) = std::sync::mpsc::channel::<()>();
+            let waited = ended.recv_timeout(std::time::Duration::from_millis(1400));
+            assert!(waited.is_err());
+            stdin.write_all(&whole[whole.len() / 2..]).unwrap();
+        });
+        let bars = lines.iter().filter(|line| line.contains("unpacking"));
+        assert!(bars.clone().any(|line| line.contains("MiB")), "{lines:?}");
+    }
+}
+
 #[test]
 fn q_is_quiet_there_too() {
     let dir = scratch();

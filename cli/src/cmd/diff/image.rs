@@ -1,6 +1,8 @@
 //! One image, as far as a comparison needs it: everything except page contents, which stay in the
 //! file.
 
+use std::path::Path;
+
 use anyhow::{Context as _, Error, Result};
 use xsr_format::frame::{PAGE_SIZE, Page, Pfn};
 use xsr_format::guest_image::GuestImage;
@@ -15,6 +17,7 @@ use crate::exit::BadImage;
 use crate::file::Input;
 use crate::image::{self, FileStep, Reading};
 use crate::page_map::{PageMap, runs_of};
+use crate::terminal::Terminal;
 
 /// The most records of an image to compare. Consecutive PAGE_DATA records count as one.
 const MOST_RECORDS: usize = 1 << 19;
@@ -47,7 +50,8 @@ pub(crate) struct Image {
 
 impl Image {
     /// Read all of an image except its page contents.
-    pub(crate) fn read(input: Input, reading: Reading) -> Result<Self> {
+    pub(crate) fn read(path: &Path, reading: Reading, terminal: &Terminal) -> Result<Self> {
+        let input = Input::open_seekable(path, reading.lenient, terminal)?;
         input.seekable("diff reads an image more than once")?;
         let mut image = Self {
             input,
@@ -64,6 +68,7 @@ impl Image {
             emulator_bytes: 0,
         };
         let input = image.input.again()?;
+        let bar = input.follow(terminal, "reading");
         let walked = reading.over(&input, &mut |step| {
             image.step(&step)?;
             image.check_size()
@@ -71,6 +76,7 @@ impl Image {
         if let Some(guest) = walked.guest {
             image.guest = guest;
         }
+        drop(bar);
         Ok(image)
     }
 

@@ -16,6 +16,7 @@ use crate::file::Input;
 use crate::image::Reading;
 use crate::mapped::{index_of, own_position};
 use crate::stdout::Results;
+use crate::terminal::Terminal;
 use crate::text::{hex, shown};
 
 /// Bytes per line.
@@ -47,8 +48,8 @@ struct Found {
 }
 
 /// Show a page.
-pub(super) fn run(args: &InspectArgs, pfn: u64) -> Result<Code> {
-    let input = Input::open_seekable(&args.file, args.lenient)?;
+pub(super) fn run(args: &InspectArgs, pfn: u64, terminal: &Terminal) -> Result<Code> {
+    let input = Input::open_seekable(&args.file, args.lenient, terminal)?;
     input.seekable("--page reads at any place of an image")?;
     let index = match args.ignore_index {
         true => None,
