@@ -241,10 +241,10 @@ mod tests {
             store_domid: DomId(0),
             console_port: 2,
             console_domid: DomId(5),
-            callbacks: Callbacks(256),
+            callbacks: Callbacks(800),
             stream: StreamType::Remus,
         };
-        let parsed = parse("--restore-domain 8 9 3 1 0 2 5 256 1");
+        let parsed = parse("--restore-domain 8 9 3 1 0 2 5 800 1");
         assert_eq!(parsed, Ok(Asked::Of(Args::Restore(expected))));
     }
 

@@ -49,9 +49,10 @@ const STATIC_DATA_DONE: u16 = 8;
 const RESTORE_RESULTS: u16 = 9;
 const COMPLETE: u16 = 10;
 
-/// The callbacks that libxl has for a plain save, and for a plain restore.
+/// The callbacks that libxl has for a plain save (suspend and the log), and for a plain restore
+/// (static data and results).
 const SAVE_CALLBACKS: &str = "136";
-const RESTORE_CALLBACKS: &str = "256";
+const RESTORE_CALLBACKS: &str = "768";
 
 /// The outcome of one run of the helper.
 #[derive(Debug, Default)]

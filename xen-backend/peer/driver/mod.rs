@@ -29,7 +29,7 @@ const COMPLETE: u16 = 10;
 
 /// libxl's callbacks for a still or live save, and for a restore.
 const SAVE_CALLBACKS: u32 = 1 << SUSPEND | 1 << LOGDIRTY;
-const RESTORE_CALLBACKS: u32 = 1 << STATIC_DATA_DONE;
+const RESTORE_CALLBACKS: u32 = 1 << STATIC_DATA_DONE | 1 << RESTORE_RESULTS;
 
 /// The variable that names the machine to `xsr-save-helper-mock`.
 const TEST_BACKEND: &str = "XSR_HELPER_TEST_BACKEND";
