@@ -168,7 +168,7 @@ impl StorageCursor {
             } => {
                 let from = from.try_clone().map_err(CopyError::Read)?;
                 let from = File::from(from);
-                // Reading a pipe does not fail.
+                // With splice where the kernel can. Reading a pipe does not fail.
                 let copied = io::copy(&mut (&from).take(bytes), &mut &*to);
                 let copied = copied.map_err(CopyError::Write)?;
                 position.fetch_add(copied, Ordering::Relaxed);
@@ -258,23 +258,33 @@ impl Seek for StorageCursor {
 
 /// Copies as much as the kernel can between these two files; what failed, if something did, shows
 /// when the rest is copied by hand.
+///
+/// Between files of one file system, the kernel may share the blocks. Pipes, sockets and other file
+/// systems take sendfile; a call that has copied something is not exchanged for the other.
 fn copy_in_kernel(from: BorrowedFd<'_>, offset: u64, to: &File, bytes: u64) -> u64 {
-    let mut at = offset;
-    let left = |at: u64| {
-        let left = bytes - (at - offset);
-        usize::try_from(left).map_or(KERNEL_STEP, |left| left.min(KERNEL_STEP))
-    };
-    while at - offset < bytes {
-        let step = left(at);
-        match rustix::fs::copy_file_range(from, Some(&mut at), to, None, step) {
-            Ok(0) => break,
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(_) => break,
-        }
+    let copied = repeat(offset, bytes, |at, step| {
+        rustix::fs::copy_file_range(from, Some(at), to, None, step)
+    });
+    if copied > 0 {
+        return copied;
     }
+    repeat(offset, bytes, |at, step| {
+        rustix::fs::sendfile(to, from, Some(at), step)
+    })
+}
+
+/// Repeats a call, which advances the offset, until everything is copied, or until it copies
+/// nothing. Returns how many bytes were copied.
+fn repeat(
+    offset: u64,
+    bytes: u64,
+    mut call: impl FnMut(&mut u64, usize) -> rustix::io::Result<usize>,
+) -> u64 {
+    let mut at = offset;
     while at - offset < bytes {
-        let step = left(at);
-        match rustix::fs::sendfile(to, from, Some(&mut at), step) {
+        let left = bytes - (at - offset);
+        let step = usize::try_from(left).map_or(KERNEL_STEP, |left| left.min(KERNEL_STEP));
+        match call(&mut at, step) {
             Ok(0) => break,
             Ok(_) | Err(Errno::INTR) => {}
             Err(_) => break,
