@@ -307,7 +307,7 @@ impl<'w> MappedImage<'w> {
             .write_all_at(&head, new.offset)
             .map_err(failed)?;
         let (pages, _) = data.as_chunks::<PAGE_SIZE>();
-        let digest = digest(&[&head, data]);
+        let digest = self.digest(&[&head, data]);
         let index = IndexEntry::of(new.offset, new.pads, entries, digest);
         let digests = self.page_digests(pages);
         let mut state = lock(&self.state);
@@ -315,6 +315,14 @@ impl<'w> MappedImage<'w> {
         record.index = Some(index);
         record.page_digests = digests;
         Ok(())
+    }
+
+    /// The digest that the index shall have; zeros where there is no index.
+    fn digest(&self, pieces: &[&[u8]]) -> [u8; 32] {
+        match self.options.without_index {
+            true => [0; 32],
+            false => digest(pieces),
+        }
     }
 
     fn page_digests(&self, pages: &[Page]) -> Vec<u8> {
@@ -391,7 +399,7 @@ impl<'w> MappedImage<'w> {
             moved: !in_order,
             index: &index,
             page_digests: self.options.page_digests.then_some(&*digests),
-            rest_digest: digest(&[before, after, tail]),
+            rest_digest: self.digest(&[before, after, tail]),
         };
         go_on()?;
         let has_index = !self.options.without_index && trailer.fits();
@@ -471,7 +479,7 @@ impl<'w> MappedImage<'w> {
                 .read_exact_at(&mut buffer, data)
                 .map_err(failed)?;
         }
-        let digest = digest(&[&head, &buffer]);
+        let digest = self.digest(&[&head, &buffer]);
         let index = IndexEntry::of(offset, pads, entries, digest);
         let digests = self.page_digests(buffer.as_chunks().0);
         lock(&self.buffers).push(buffer);
