@@ -22,6 +22,7 @@ use xsr_save_restore::storage::{
     Create, Durability, Shape, StorageCursor, StorageError, StorageWriter,
 };
 
+pub(crate) use self::room::Room;
 use crate::backend::phase;
 use crate::exit::{Aftermath, BadUsage, NotDurable, WriteFailed};
 use crate::file::is_dash;
@@ -538,9 +539,8 @@ fn check_device(plan: &OutputPlan<'_>, output: &Metadata) -> Result<()> {
     if !lost || !plan.only_copy {
         return Ok(());
     }
-    let what = match (minor(device), is_dash(plan.path)) {
-        (3, true) => "is /dev/null,",
-        (3, false) => "is /dev/null,",
+    let what = match minor(device) {
+        3 => "is /dev/null,",
         _ => "is a device",
     };
     refuse(&format!(

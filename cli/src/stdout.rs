@@ -24,14 +24,14 @@ pub(crate) struct Versioned<'a, T> {
     document: &'a T,
 }
 
-impl<'a, T: Serialize> Versioned<'a, T> {
-    /// The version that docs/json.md describes.
-    const CURRENT: u32 = 2;
+/// The version of the fields that docs/json.md describes.
+pub(crate) const CURRENT: u32 = 2;
 
+impl<'a, T: Serialize> Versioned<'a, T> {
     /// The document, which must be a struct or a map.
     pub(crate) fn new(document: &'a T) -> Self {
         Self {
-            version: Self::CURRENT,
+            version: CURRENT,
             document,
         }
     }

@@ -76,6 +76,12 @@ pub(crate) struct Link {
     pub(crate) beside: Option<Box<dyn Connection>>,
 }
 
+/// The error for a host whose name the program that reaches it would take as an option.
+pub(crate) fn option_of(host: &str, ssh: &str) -> Error {
+    let why = format!("HOST {host:?} would be an option of {ssh}");
+    Error::new(BadUsage(why))
+}
+
 impl Link {
     /// Connect to the receiver of a migration, with a session if the command line asks for one.
     pub(crate) fn for_migration(
@@ -137,8 +143,7 @@ impl Link {
             return Ok(link);
         }
         if host.starts_with('-') && !args.ssh.is_empty() {
-            let why = format!("HOST {host:?} would be an option of {}", args.ssh);
-            return Err(Error::new(BadUsage(why)));
+            return Err(option_of(host, &args.ssh));
         }
         Self::run(&rune(args, host, options))
     }

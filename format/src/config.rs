@@ -54,6 +54,9 @@ pub struct DomainConfig {
     pub nomigrate: bool,
     /// Number of `b_info.vnuma_nodes`, which libxl refuses to save.
     pub vnuma_nodes: u64,
+    /// `disks[].pdev_path`: what the host must have for the guest's disks, except empty drives and
+    /// disks that a script or another domain provides.
+    pub disks: Vec<String>,
     /// Devices of the host that the guest has (`pcidevs`, `dtdevs`, `usbdevs`): libxl's name of
     /// each list that is not empty, and its length.
     pub passthrough: Vec<(&'static str, u64)>,
@@ -184,6 +187,10 @@ impl DomainConfig {
                 .unwrap_or(false),
             nomigrate: boolean("/b_info/disable_migrate").unwrap_or(false),
             vnuma_nodes: length("/b_info/vnuma_nodes"),
+            disks: match value.get("disks").and_then(Value::as_array) {
+                Some(disks) => disks.iter().filter_map(path_of).collect(),
+                None => Vec::new(),
+            },
             passthrough: ["pcidevs", "dtdevs", "usbdevs"]
                 .into_iter()
                 .map(|list| (list, length(&format!("/{list}"))))
@@ -196,6 +203,15 @@ impl DomainConfig {
     pub fn max_pages(&self) -> u64 {
         max_pages(self.max_memory_kib.saturating_add(self.video_memory_kib))
     }
+}
+
+/// The file or device of the host that a disk is. C: `libxl__device_disk_set_backend`.
+fn path_of(disk: &Value) -> Option<String> {
+    let text = |key: &str| disk.get(key).and_then(Value::as_str).filter(|t| !t.is_empty());
+    let elsewhere = disk.get("backend_domid").and_then(Value::as_u64).unwrap_or(0) != 0
+        || ["backend_domname", "script", "colo_host"].iter().any(|key| text(key).is_some());
+    let path = text("pdev_path").filter(|path| path.starts_with('/') && !elsewhere)?;
+    Some(path.to_owned())
 }
 
 /// Maximum number of pages of a domain with `kib` KiB of memory, as libxl sets it.

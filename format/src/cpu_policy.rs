@@ -46,8 +46,8 @@ pub struct CpuPolicy {
 }
 
 impl CpuPolicy {
-    /// Subleaf number of a leaf without subleaves.
-    const NO_SUBLEAF: u32 = u32::MAX;
+    /// Subleaf number of a leaf without subleaves (`XEN_CPUID_NO_SUBLEAF`).
+    pub const NO_SUBLEAF: u32 = u32::MAX;
 
     /// Parses a policy as Xen gives it: the bodies of X86_CPUID_POLICY and X86_MSR_POLICY, little
     /// endian. Either may be empty.
@@ -143,7 +143,8 @@ impl CpuPolicy {
         self.word(feature.word) >> feature.bit & 1 == 1
     }
 
-    /// Removes features.
+    /// Removes features, and the components of the extended state that none of the other features
+    /// needs, as Xen does.
     ///
     /// ```
     /// use xsr_format::byte_order::ByteOrder;
@@ -179,12 +180,46 @@ impl CpuPolicy {
                 }
             }
         }
+        let gone = rules::components_of(features)
+            .filter(|component| !rules::features_of(*component).any(|other| self.has(other)))
+            .fold(0_u64, |gone, component| gone | 1 << component);
+        for (subleaf, half, register) in [
+            (0, gone, Register::Eax),
+            (0, gone >> 32, Register::Edx),
+            (1, gone, Register::Ecx),
+            (1, gone >> 32, Register::Edx),
+        ] {
+            if let Some(word) = self.register_mut(rules::XSTATE_LEAF, subleaf, register) {
+                *word &= !low_half(half);
+            }
+        }
     }
 
     /// The processor's vendor, if the policy names it.
     pub fn vendor(&self) -> Option<Vendor> {
         let leaf = self.leaf(0, 0)?;
         Some(Vendor([leaf.ebx, leaf.edx, leaf.ecx]))
+    }
+
+    /// The components of the extended state in `used` (one bit each, as in XCR0) that the policy
+    /// lacks, by name.
+    ///
+    /// ```
+    /// use xsr_format::cpu_policy::CpuPolicy;
+    ///
+    /// // x87, SSE, AVX, and AVX-512's masks.
+    /// let none = CpuPolicy::default();
+    /// assert_eq!(
+    ///     none.lacking_state(0x27),
+    ///     ["the XSAVE state of AVX", "the XSAVE state of AVX512"],
+    /// );
+    /// ```
+    pub fn lacking_state(&self, used: u64) -> Vec<String> {
+        let lost = used & !self.components();
+        let components = (rules::FIRST_COMPONENT..64).filter(|n| lost >> n & 1 == 1);
+        let mut names: Vec<String> = components.map(rules::state_name).collect();
+        names.dedup();
+        names
     }
 
     /// The components of the extended state that a guest may use, one bit each: XCR0 and XSS.
@@ -213,6 +248,12 @@ impl CpuPolicy {
         let [version, ..] = self.register(0xa, 0, Register::Eax).to_le_bytes();
         version
     }
+}
+
+/// The lower 32 bits.
+const fn low_half(bits: u64) -> u32 {
+    let [a, b, c, d, ..] = bits.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
 }
 
 /// The processor's vendor, such as `GenuineIntel` or `AuthenticAMD`: EBX, EDX and ECX of leaf 0.
@@ -305,11 +346,7 @@ impl fmt::Display for Missing {
                 image,
                 host,
             } => {
-                match rules::component_name(*component) {
-                    Some(name) => write!(f, "the XSAVE state of {name}")?,
-                    None => write!(f, "XSAVE state component {component}")?,
-                }
-                write!(f, " ({image}")?;
+                write!(f, "{} ({image}", rules::state_name(*component))?;
                 match host {
                     Some(host) => write!(f, ", here {host})"),
                     None => f.write_str(")"),

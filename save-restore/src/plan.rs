@@ -29,10 +29,13 @@
 use std::fmt;
 
 use xsr_format::cpu_policy::{self, CpuPolicy, Missing, NEEDS_HAP, NEEDS_NESTED};
+use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
 use xsr_format::fields::x86::Feature;
+use xsr_format::guest_image::GuestImage;
 use xsr_format::survey::Survey;
 use xsr_xen_backend::{
-    BackendError, CpuPolicy as Bytes, Domain, GuestKind, Host, PhysInfo, XenVersion,
+    BackendError, CpuPolicy as Bytes, Domain, DomainInfo, GuestKind, Host, PhysInfo,
+    ShutdownReason, XenVersion,
 };
 
 use crate::guest::refused;
@@ -70,12 +73,20 @@ impl HostFacts {
         })
     }
 
-    /// The most that a guest of this kind can see of the processor.
-    pub fn largest_policy(&self, kind: GuestKind) -> Option<&CpuPolicy> {
-        match kind.is_translated() {
-            true => self.hvm.as_ref(),
-            false => self.pv.as_ref(),
+    /// The most that a guest can see of the processor: one of this kind, with or without HAP if the
+    /// host has it, and with or without guests of its own.
+    pub fn largest_policy(&self, kind: GuestKind, hap: bool, nested: bool) -> Option<CpuPolicy> {
+        let mut most = match kind.is_translated() {
+            true => self.hvm.clone()?,
+            false => return self.pv.clone(),
+        };
+        if !(hap && self.physinfo.hap) {
+            most.remove(&named(&NEEDS_HAP));
         }
+        if !nested {
+            most.remove(&named(&NEEDS_NESTED));
+        }
+        Some(most)
     }
 }
 
@@ -108,6 +119,38 @@ pub struct Needs {
     pub hap: Option<bool>,
     /// Whether the guest runs guests itself.
     pub nested: bool,
+    /// Components of the XSAVE area that its vcpus have used, one bit each, as in XCR0. Only known
+    /// of an image.
+    pub used_state: u64,
+    /// What the guest is doing.
+    pub activity: Activity,
+}
+
+/// What a guest is doing, which decides whether it can be suspended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Activity {
+    /// Nothing: it is in an image.
+    Saved,
+    /// It runs.
+    Running,
+    /// A toolstack has paused it.
+    Paused,
+    /// It has shut down, for this reason.
+    Down(ShutdownReason),
+    /// It is being destroyed.
+    Dying,
+}
+
+impl From<&DomainInfo> for Activity {
+    fn from(info: &DomainInfo) -> Self {
+        match info.shutdown {
+            _ if info.dying => Self::Dying,
+            Some(reason) => Self::Down(reason),
+            None if info.paused => Self::Paused,
+            None => Self::Running,
+        }
+    }
 }
 
 /// `TSC_MODE_NEVER_EMULATE` of `xen/arch/x86/include/asm/time.h`.
@@ -133,6 +176,8 @@ impl Needs {
             xen: Some(domain.xen_version()?),
             hap: None,
             nested: false,
+            used_state: 0,
+            activity: Activity::from(&info),
         })
     }
 
@@ -159,6 +204,8 @@ impl Needs {
             xen,
             hap: None,
             nested: false,
+            used_state: used_state(guest),
+            activity: Activity::Saved,
         }
     }
 
@@ -183,10 +230,28 @@ impl Needs {
     }
 }
 
+/// The components of the XSAVE area that any vcpu has ever enabled: `xcr0_accum` in the state of
+/// each.
+fn used_state(guest: &GuestImage) -> u64 {
+    let word = |state: &[u8], at: usize| {
+        let bytes = state.get(at..).and_then(|rest| rest.first_chunk());
+        bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    };
+    let pv = guest.vcpus().values().map(|vcpu| word(&vcpu.xsave, 8));
+    // `struct hvm_hw_cpu_xsave` has another mask before.
+    let hvm = HvmContext::new(guest.hvm_context())
+        .map_while(Result::ok)
+        .filter(|record| record.kind == HvmRecordKind::CPU_XSAVE)
+        .map(|record| word(record.body, 16));
+    pv.chain(hvm).fold(0, |all, used| all | used)
+}
+
 /// What a check is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Subject {
+    /// Whether the guest can be suspended.
+    State,
     /// Whether the host runs guests of this kind.
     Kind,
     /// The number of vcpus.
@@ -199,6 +264,10 @@ pub enum Subject {
     Memory,
     /// Versions of Xen.
     Xen,
+    /// Free space for the image, which a caller checks.
+    Space,
+    /// The disks of the guest, which a caller checks.
+    Disks,
     /// What the domain's configuration says, which a caller checks.
     Configuration,
 }
@@ -207,12 +276,15 @@ impl Subject {
     /// A word for it, in text and JSON.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::State => "state",
             Self::Kind => "kind",
             Self::Vcpus => "vcpus",
             Self::Cpu => "cpu",
             Self::Tsc => "tsc",
             Self::Memory => "memory",
             Self::Xen => "xen",
+            Self::Space => "space",
+            Self::Disks => "disks",
             Self::Configuration => "config",
         }
     }
@@ -275,16 +347,42 @@ impl Check {
 }
 
 /// Compares what a domain needs with what a host has. Every check is made, whatever the others
-/// say.
+/// find.
 pub fn plan(needs: &Needs, host: &HostFacts) -> Vec<Check> {
-    vec![
+    let others = [
         kind(needs, host),
         vcpus(needs),
         cpu(needs, host),
         tsc(needs, host),
         memory(needs, host),
         xen(needs, host),
-    ]
+    ];
+    state(needs).into_iter().chain(others).collect()
+}
+
+/// Whether the guest can be suspended; `None` for one in an image.
+fn state(needs: &Needs) -> Option<Check> {
+    let (answer, text) = match needs.activity {
+        Activity::Saved => return None,
+        Activity::Running => (Answer::Yes, "it is running".to_owned()),
+        // A guest without PV drivers is suspended without its help.
+        Activity::Paused if needs.kind == GuestKind::Hvm => (
+            Answer::Warning,
+            "it is paused, so its PV drivers cannot suspend it: unpause it first, if it has any"
+                .to_owned(),
+        ),
+        Activity::Paused => (
+            Answer::No,
+            "it is paused, and a paused domain cannot suspend: unpause it first".to_owned(),
+        ),
+        Activity::Down(ShutdownReason::Suspend) => (
+            Answer::No,
+            "it is suspended: it is being saved or migrated, or that has failed".to_owned(),
+        ),
+        Activity::Down(reason) => (Answer::No, format!("it has shut down ({reason})")),
+        Activity::Dying => (Answer::No, "it is being destroyed".to_owned()),
+    };
+    Some(Check::new(Subject::State, answer, text))
 }
 
 fn kind(needs: &Needs, host: &HostFacts) -> Check {
@@ -295,12 +393,12 @@ fn kind(needs: &Needs, host: &HostFacts) -> Check {
     };
     let hap = host.physinfo.hap || host.physinfo.shadow;
     let (answer, text) = match (there, needs.kind.is_translated() && !hap) {
-        (false, _) => (Answer::No, format!("this Xen runs no {name} guests")),
+        (false, _) => (Answer::No, format!("the host runs no {name} guests")),
         (true, true) => {
             let why = "it has neither HAP nor shadow paging for their page tables";
-            (Answer::No, format!("this Xen runs no {name} guests: {why}"))
+            (Answer::No, format!("the host runs no {name} guests: {why}"))
         }
-        (true, false) => (Answer::Yes, format!("this Xen runs {name} guests")),
+        (true, false) => (Answer::Yes, format!("the host runs {name} guests")),
     };
     Check::new(Subject::Kind, answer, text)
 }
@@ -321,26 +419,29 @@ const MOST_NAMES: usize = 16;
 
 fn cpu(needs: &Needs, host: &HostFacts) -> Check {
     let check = |answer, text: String| Check::new(Subject::Cpu, answer, text);
+    let hap = needs.hap != Some(false);
+    let most = host.largest_policy(needs.kind, hap, needs.nested);
     if needs.cpu.leaves.is_empty() && needs.cpu.msrs.is_empty() {
-        let why = "no CPU policy is known, as in images of Xen before 4.14: the guest gets this \
+        let lost = (most.as_ref()).map_or(Vec::new(), |most| most.lacking_state(needs.used_state));
+        if !lost.is_empty() {
+            let list = refused::list(&lost, MOST_NAMES);
+            return check(
+                Answer::No,
+                format!("the guest has used what the host lacks: {list}"),
+            );
+        }
+        let why = "the guest's CPU policy is not known (Xen before 4.14 saved none): it gets the \
                    host's, and may crash if it has seen more";
         return check(Answer::Unknown, why.to_owned());
     }
-    let Some(most) = host.largest_policy(needs.kind) else {
+    let Some(most) = most else {
         let name = needs.kind.name();
         return check(
             Answer::Unknown,
-            format!("this Xen does not say what {name} guests can see"),
+            format!("the CPU features for {name} guests on the host are not known"),
         );
     };
-    let mut most = most.clone();
-    let shadow = needs.kind.is_translated() && !(host.physinfo.hap && needs.hap != Some(false));
-    if shadow {
-        most.remove(&named(&NEEDS_HAP));
-    }
-    if !needs.nested {
-        most.remove(&named(&NEEDS_NESTED));
-    }
+    let shadow = needs.kind.is_translated() && !(host.physinfo.hap && hap);
     let missing = cpu_policy::missing(&needs.cpu, &most);
     if missing.is_empty() {
         return check(
@@ -379,7 +480,7 @@ fn tsc(needs: &Needs, host: &HostFacts) -> Check {
             "the guest reads the processor's own TSC, whose frequency may differ".to_owned(),
         )
     } else if seen == 0 || has == 0 {
-        (Answer::Unknown, "no frequency is known".to_owned())
+        (Answer::Unknown, "the frequency is not known".to_owned())
     } else if seen == has {
         (Answer::Yes, format!("{has} kHz, as the guest has seen it"))
     } else if needs.tsc_native {
@@ -439,12 +540,12 @@ const LOSES_REGISTERS: XenVersion = XenVersion {
 };
 
 fn xen(needs: &Needs, host: &HostFacts) -> Check {
-    let here = host.xen;
+    let there = host.xen;
     let has = |xen: XenVersion| xen == LOSES_REGISTERS;
     let (answer, text) = match needs.xen {
         None => (
             Answer::Unknown,
-            format!("this is Xen {here}; which one the guest comes from is not known"),
+            format!("the host has Xen {there}; the guest's is not known"),
         ),
         Some(xen) if has(xen) && needs.kind == GuestKind::Pv => (
             Answer::Warning,
@@ -453,23 +554,23 @@ fn xen(needs: &Needs, host: &HostFacts) -> Check {
                  guest without its registers r8 to r15"
             ),
         ),
-        Some(_) if has(here) => (
+        Some(_) if has(there) => (
             Answer::Warning,
             format!(
-                "this is Xen {here}, whose first releases (.0 and .1) zero the registers r8 to r15 \
-                 of a guest that is resumed here (save -c, Remus, a migration that is cancelled)"
+                "the host has Xen {there}, whose first releases (.0 and .1) zero the registers r8 \
+                 to r15 of a guest that is resumed there (save -c, Remus, a cancelled migration)"
             ),
         ),
-        Some(xen) if (xen.major, xen.minor) > (here.major, here.minor) => (
+        Some(xen) if (xen.major, xen.minor) > (there.major, there.minor) => (
             Answer::Warning,
             format!(
-                "the guest comes from Xen {xen}, and this is {here}: a move to an older Xen is not \
-                 supported by the Xen project"
+                "the guest comes from Xen {xen}, and the host has {there}: the Xen project does not \
+                 support a move to an older Xen"
             ),
         ),
         Some(xen) => (
             Answer::Yes,
-            format!("the guest comes from Xen {xen}, and this is {here}"),
+            format!("the guest comes from Xen {xen}, and the host has {there}"),
         ),
     };
     Check::new(Subject::Xen, answer, text)

@@ -4,28 +4,31 @@ mod facts;
 mod settings;
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::Stdio;
 
-use anyhow::{Context as _, Error, Result, bail};
+use anyhow::{Context as _, Error, Result, bail, ensure};
 use nix::unistd::gethostname;
 use serde::Serialize;
 use xsr_format::config::DomainConfig;
 use xsr_format::cpu_policy::{self, CpuPolicy};
-use xsr_save_restore::plan::{Answer, Check, HostFacts, Needs, plan};
+use xsr_save_restore::plan::{Answer, Check, HostFacts, Needs, Subject, plan};
 use xsr_xen_backend::GuestKind;
 
 use self::facts::{Document, Named};
 use crate::args::{Backend, PlanArgs};
 use crate::backend::{self, Hypervisor};
 use crate::cmd::restore::survey;
+use crate::cmd::save::least_bytes;
 use crate::exit::{BadUsage, Code};
 use crate::file::{Input, is_dash};
+use crate::output::Room;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
-use crate::text::wrapped;
-use crate::transport::ended;
+use crate::text::{shown, shown_path, size, wrapped};
+use crate::transport::{ended, option_of};
 use crate::verdict;
 use crate::xl::child;
 
@@ -42,17 +45,30 @@ pub(crate) fn run(args: &PlanArgs, terminal: &Terminal) -> Result<Code> {
         return Ok(Code::Fine);
     };
     // The guest first: a host that is far away is asked only for one that exists.
-    let (needs, config) = match Path::new(guest) {
+    let planned = match Path::new(guest) {
+        path if path.is_dir() => of_domain(&args.backend.backend, guest)
+            .with_context(|| format!("{} is a directory, not an image", shown_path(path)))?,
         path if is_dash(path) || path.exists() => of_image(path, args, terminal)?,
-        _ => of_domain(&args.backend.backend, guest)?,
+        path => of_domain(&args.backend.backend, guest)
+            .with_context(|| format!("there is no file {}", shown_path(path)))?,
     };
     let host = match args.on.as_deref() {
         None => this_host(&args.backend.backend)?,
-        Some(on) if Path::new(on).is_file() => facts::read(Path::new(on))?,
-        Some(on) => ask(args, on)?,
+        Some(on) => match Path::new(on) {
+            // The name of a host has no slash.
+            path if on.contains('/') || path.exists() && !path.is_dir() => facts::read(path)?,
+            _ => ask(args, on)?,
+        },
     };
-    let mut checks = plan(&needs, &host.facts);
-    checks.extend(config);
+    let mut checks = plan(&planned.needs, &host.facts);
+    checks.extend(space(args, &planned)?);
+    if let Some(config) = &planned.config {
+        // A mock guest has no disks.
+        if !matches!(args.backend.backend, Backend::Mock(_)) {
+            checks.extend(settings::disks(config, args.on.is_none()));
+        }
+        checks.extend(settings::checks(config, planned.is_domain));
+    }
     report(args, guest, &host.name, &checks)
 }
 
@@ -70,11 +86,11 @@ fn open(backend: &Backend) -> Result<(Hypervisor, String)> {
     Ok(match backend {
         Backend::Mock(directory) => (
             Hypervisor::open(backend, false)?,
-            format!("mock:{}", directory.display()),
+            format!("mock:{}", shown_path(directory)),
         ),
         Backend::MockXen(directory) => (
             Hypervisor::direct(backend)?,
-            format!("mock-xen:{}", directory.display()),
+            format!("mock-xen:{}", shown_path(directory)),
         ),
         Backend::Auto | Backend::Xen => {
             let name = gethostname().context("this host's name")?;
@@ -87,30 +103,45 @@ fn open(backend: &Backend) -> Result<(Hypervisor, String)> {
 /// The facts of another host, by running this command there.
 fn ask(args: &PlanArgs, on: &str) -> Result<Named> {
     if on.starts_with('-') {
-        let why = format!("HOST {on:?} would be an option of {}", args.ssh);
-        return Err(Error::new(BadUsage(why)));
+        return Err(option_of(on, &args.ssh));
     }
     let command = format!("exec {} {on} xsr plan --facts", args.ssh);
-    let mut child = child::deaf(&command, false)
+    // Unlike in a migration, nothing has to end in a certain order: the key that ends this command
+    // ends ssh, too.
+    let mut child = child::plain(&command)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
         .context("starting sh")?;
     let from = child.stdout.take().context("the pipe from sh")?;
-    let parsed = facts::parse(from);
-    let status = child.wait().context("waiting for sh")?;
-    match (parsed, status.success()) {
-        (Ok(named), true) => Ok(named),
-        (Err(error), true) => Err(error).with_context(|| format!("`{command}`")),
-        (Err(error), false) if error.to_string().starts_with("the other host has") => {
-            Err(error).with_context(|| format!("`{command}`"))
-        }
-        (_, false) => bail!("`{command}` {}: is xsr installed there?", ended(status)),
+    let text = facts::text_of(from);
+    if text.is_err() {
+        // It may go on writing.
+        child.kill().context("ending sh")?;
     }
+    let status = child.wait().context("waiting for sh")?;
+    let words = || match status.success() {
+        true => format!("`{command}`"),
+        false => format!("`{command}` {}", ended(status)),
+    };
+    let text = text.with_context(|| format!("`{command}`"))?;
+    if text.is_empty() && !status.success() {
+        bail!("{}: is xsr installed there?", words());
+    }
+    let named = facts::parse(&text).with_context(words)?;
+    ensure!(status.success(), "{}, after it had printed facts", words());
+    Ok(named)
 }
 
-/// A guest's needs, and what its configuration says.
-type Guest = (Needs, Vec<Check>);
+/// A guest that is to come to a host.
+#[derive(Debug)]
+struct Guest {
+    needs: Needs,
+    /// Its configuration, if it has one.
+    config: Option<DomainConfig>,
+    /// Whether it is a domain, not an image.
+    is_domain: bool,
+}
 
 fn of_image(path: &Path, args: &PlanArgs, terminal: &Terminal) -> Result<Guest> {
     let input = Input::open(path, args.lenient)?;
@@ -132,25 +163,64 @@ fn of_image(path: &Path, args: &PlanArgs, terminal: &Terminal) -> Result<Guest> 
 }
 
 fn of_domain(backend: &Backend, called: &str) -> Result<Guest> {
-    let (host, _) =
-        open(backend).with_context(|| format!("{called} is no file, so it may be a domain"))?;
+    let (host, _) = open(backend)?;
     let domain = host.find(called)?;
     let json = backend::config(&*host, domain)?;
     let needs = Needs::of_domain(&*host.domain(domain.domid)?)?;
     guest(needs, json.as_deref(), true)
 }
 
-fn guest(mut needs: Needs, json: Option<&str>, moves: bool) -> Result<Guest> {
-    let Some(json) = json else {
-        return Ok((needs, Vec::new()));
+fn guest(mut needs: Needs, json: Option<&str>, is_domain: bool) -> Result<Guest> {
+    let config = json.map(DomainConfig::parse).transpose();
+    let config =
+        config.map_err(|error| Error::msg(format!("the domain's configuration {error}")))?;
+    if let Some(config) = &config {
+        needs.vcpus = needs.vcpus.max(config.vcpus);
+        needs.shadow_memory_kib = config.shadow_memory_kib;
+        needs.hap = config.hap;
+        needs.nested = config.nested;
+    }
+    Ok(Guest {
+        needs,
+        config,
+        is_domain,
+    })
+}
+
+/// Whether an image of the domain fits where `--save-to` puts it.
+fn space(args: &PlanArgs, planned: &Guest) -> Result<Option<Check>> {
+    let Some(path) = &args.save_to else {
+        return Ok(None);
     };
-    let config = DomainConfig::parse(json)
-        .map_err(|error| Error::msg(format!("the domain's configuration {error}")))?;
-    needs.vcpus = needs.vcpus.max(config.vcpus);
-    needs.shadow_memory_kib = config.shadow_memory_kib;
-    needs.hap = config.hap;
-    needs.nested = config.nested;
-    Ok((needs, settings::checks(&config, moves)))
+    if !planned.is_domain {
+        let why = "--save-to is for a domain, which has no image yet".to_owned();
+        return Err(Error::new(BadUsage(why)));
+    }
+    let directory = match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => path,
+    };
+    let name = shown_path(directory);
+    let opened = File::open(directory).with_context(|| format!("cannot open {name}"))?;
+    let least = least_bytes(planned.needs.pages);
+    let needed = format!("the image will have {} at least", size(least));
+    let (answer, text) = match Room::of(&opened) {
+        None => (
+            Answer::Unknown,
+            format!("{needed}; the free space of {name} is not known"),
+        ),
+        Some(room) => {
+            let answer = match (room.free < least, room.is_exact) {
+                (false, _) => Answer::Yes,
+                // It may compress or share what is written.
+                (true, false) => Answer::Warning,
+                (true, true) => Answer::No,
+            };
+            (answer, format!("{needed}; {name} has {} free", size(room.free)))
+        }
+    };
+    Ok(Some(Check::new(Subject::Space, answer, text)))
 }
 
 /// The result, as JSON.
@@ -195,7 +265,7 @@ fn report(args: &PlanArgs, guest: &str, host: &str, checks: &[Check]) -> Result<
         })?;
     } else {
         let verdict = if fits { "fits" } else { "DOES NOT FIT" };
-        writeln!(out, "{guest}: {verdict} on {host}")?;
+        writeln!(out, "{}: {verdict} on {host}", shown(guest))?;
         for check in checks {
             let (subject, answer) = (check.subject.name(), check.answer);
             let head = format!("  {subject:<8}{answer:<9}");
@@ -222,8 +292,11 @@ struct KindLevel {
     /// `pv`, or `hvm` for PVH, too.
     kind: &'static str,
     hidden: Vec<String>,
-    /// Of them, those that `cpuid` cannot hide.
+    /// What `cpuid` cannot hide: features in MSRs, and state that no known feature controls.
     not_by_cpuid: Vec<String>,
+    /// The version of performance monitoring that all have, if they have several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    performance_monitoring: Option<u8>,
     /// The line for an xl configuration; `None` if nothing has to be hidden.
     #[serde(skip_serializing_if = "Option::is_none")]
     cpuid: Option<String>,
@@ -237,11 +310,10 @@ fn level(args: &PlanArgs) -> Result<Code> {
         .collect::<Result<_>>()?;
     let mut levels = Vec::new();
     for (name, kind) in [("pv", GuestKind::Pv), ("hvm", GuestKind::Hvm)] {
-        let policies = hosts.iter().map(|host| host.facts.largest_policy(kind));
-        let Some(policies) = policies
-            .map(|p| p.cloned())
-            .collect::<Option<Vec<CpuPolicy>>>()
-        else {
+        let policies = hosts
+            .iter()
+            .map(|host| host.facts.largest_policy(kind, true, true));
+        let Some(policies) = policies.collect::<Option<Vec<CpuPolicy>>>() else {
             continue;
         };
         let found = cpu_policy::level(&policies)?;
@@ -249,7 +321,8 @@ fn level(args: &PlanArgs) -> Result<Code> {
         levels.push(KindLevel {
             kind: name,
             hidden: found.hidden.iter().map(ToString::to_string).collect(),
-            not_by_cpuid: found.beyond_cpuid().map(|f| f.to_string()).collect(),
+            not_by_cpuid: found.beyond_cpuid(),
+            performance_monitoring: found.monitoring,
             cpuid,
         });
     }
@@ -265,7 +338,7 @@ fn level(args: &PlanArgs) -> Result<Code> {
     Ok(Code::Fine)
 }
 
-/// The report as lines that an xl configuration can take: all but the `cpuid` lines are comments.
+/// The report as lines for an xl configuration: all are comments, except the `cpuid` lines.
 fn in_words(report: &LevelReport) -> Result<String> {
     let mut text = String::new();
     writeln!(text, "# common to {}", report.hosts.join(", "))?;
@@ -277,16 +350,26 @@ fn in_words(report: &LevelReport) -> Result<String> {
             "pv" => "PV",
             _ => "HVM and PVH",
         };
-        let Some(cpuid) = &level.cpuid else {
+        if level.cpuid.is_none() && level.not_by_cpuid.is_empty() {
             writeln!(text, "# {kind} guests: nothing to hide")?;
             continue;
-        };
-        writeln!(text, "# {kind} guests: without {}", level.hidden.join(", "))?;
+        }
+        if !level.hidden.is_empty() {
+            writeln!(text, "# {kind} guests: without {}", level.hidden.join(", "))?;
+        }
+        if let Some(version) = level.performance_monitoring {
+            writeln!(
+                text,
+                "# {kind} guests: performance monitoring version {version}"
+            )?;
+        }
         if !level.not_by_cpuid.is_empty() {
             let list = level.not_by_cpuid.join(", ");
-            writeln!(text, "# cpuid cannot hide {list}: these are in MSRs")?;
+            writeln!(text, "# {kind} guests: cpuid cannot hide {list}")?;
         }
-        writeln!(text, "{cpuid}")?;
+        if let Some(cpuid) = &level.cpuid {
+            writeln!(text, "{cpuid}")?;
+        }
     }
     Ok(text)
 }

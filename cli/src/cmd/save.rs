@@ -26,7 +26,7 @@ use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack};
 use xsr_save_restore::{Live, SaveError, SaveOptions, SaveRequest, Saved};
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 use xsr_xen_backend::mock::phase;
-use xsr_xen_backend::{Domain, DomainInfo};
+use xsr_xen_backend::Domain;
 
 use self::onto::Base;
 pub(crate) use self::report::MemoryReport;
@@ -322,16 +322,16 @@ fn output(args: &SaveArgs, packing: Option<&Packing>, domain: &dyn Domain) -> Re
     // saves.
     let is_compressed = packing.is_some_and(Packing::is_compressed);
     if !args.force && !mapped && !is_compressed {
-        output.check_room(least_bytes(&domain.info()?))?;
+        output.check_room(least_bytes(domain.info()?.tot_pages))?;
     }
     Ok(output)
 }
 
-/// The least size of a domain's image in bytes: its page contents. A sixteenth is subtracted for
+/// The least size of the image of a domain with so many pages, in bytes: their contents. A sixteenth is subtracted for
 /// pages that the domain gives back meanwhile, and for the toolstack's pages, which are not in an
 /// image.
-pub(crate) fn least_bytes(domain: &DomainInfo) -> u64 {
-    let bytes = domain.tot_pages.saturating_mul(PAGE_SIZE as u64);
+pub(crate) const fn least_bytes(pages: u64) -> u64 {
+    let bytes = pages.saturating_mul(PAGE_SIZE as u64);
     bytes - bytes / 16
 }
 

@@ -46,22 +46,40 @@ pub(super) fn check(file: &File, directory: Option<&Path>, bytes: u64) -> Result
         return too_little("the limit for a file's length (`ulimit -f`)", limit, bytes);
     }
     // Without an answer, the output is not refused.
-    let (Ok(kind), Ok(room)) = (fstatfs(file), fstatvfs(file)) else {
-        return Ok(());
-    };
-    let Some(free) = free(&room).filter(|free| *free < bytes) else {
+    let Some(room) = Room::of(file).filter(|room| room.free < bytes) else {
         return Ok(());
     };
     let place = directory.map_or_else(|| "its file system".to_owned(), shown_path);
-    if PLAIN.contains(&kind.f_type) {
-        return too_little(&place, free, bytes);
+    if room.is_exact {
+        return too_little(&place, room.free, bytes);
     }
     tracing::warn!(
         "{place} has {} free, and the image will have {} at least",
-        size(free),
+        size(room.free),
         size(bytes)
     );
     Ok(())
+}
+
+/// The free space of a file system.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    /// For this process, in bytes.
+    pub(crate) free: u64,
+    /// Whether a byte written certainly takes a byte.
+    pub(crate) is_exact: bool,
+}
+
+impl Room {
+    /// The space of the file system that has this file or directory; `None` if it does not tell, or
+    /// has no limit.
+    pub(crate) fn of(file: &File) -> Option<Self> {
+        let (kind, room) = (fstatfs(file).ok()?, fstatvfs(file).ok()?);
+        Some(Self {
+            free: free(&room)?,
+            is_exact: PLAIN.contains(&kind.f_type),
+        })
+    }
 }
 
 /// The free bytes for this process; `None` if there is no limit.

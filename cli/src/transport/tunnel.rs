@@ -6,13 +6,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Error, Result};
+use anyhow::Result;
 use xsr_save_restore::migrate::connection::Connection;
 use xsr_save_restore::migrate::session::{Session, SessionRequest};
 
-use super::{CHILD_PATIENCE, Link, session};
+use super::{CHILD_PATIENCE, Link, option_of, session};
 use crate::args::TunnelArgs;
-use crate::exit::BadUsage;
 use crate::interrupt::Interrupt;
 use crate::terminal::Terminal;
 
@@ -49,8 +48,7 @@ impl Tunnel {
         session::check_through_ssh(&args.session)?;
         let host = args.host.as_deref().unwrap_or_default();
         if host.is_empty() || host.starts_with('-') {
-            let why = format!("HOST {host:?} would be an option of {}", args.ssh);
-            return Err(Error::new(BadUsage(why)));
+            return Err(option_of(host, &args.ssh));
         }
         let link = Link::run(&rune(&args.ssh, host, &args.remote, command))?;
         let wanted = session::Wanted {

@@ -313,5 +313,5 @@ fn written(path: &Path) -> Written {
 fn least_bytes(domain: &str) -> Option<u64> {
     let host = Hypervisor::direct(&Backend::Xen).ok()?;
     let info = host.check(host.find(domain).ok()?).ok()?;
-    Some(crate::cmd::save::least_bytes(&info))
+    Some(crate::cmd::save::least_bytes(info.tot_pages))
 }

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use xsr_xen_backend::mock::{HostConfig, MockHost};
+
 use crate::common::{Ran, arg, backend, create, host_with, ran, real_images, run, scratch, xsr};
 
 /// A host's facts, in a file.
@@ -35,7 +37,9 @@ fn an_image_and_its_domain_fit_where_they_come_from() {
             let ran = run(["plan", guest, &backend(&host)]).code(0);
             let ran = ran.stdout_has(&format!("{guest}: fits on mock:"));
             assert!(!ran.stdout.contains(" no "), "{kind}: {ran:?}");
-            assert_eq!(ran.stdout.matches(" yes ").count(), 7, "{kind}: {ran:?}");
+            // Only a domain has a state.
+            let checks = if guest == "web" { 8 } else { 7 };
+            assert_eq!(ran.stdout.matches(" yes ").count(), checks, "{kind}: {ran:?}");
             let ran = run(["plan", "--json", &backend(&host), guest, "--on", arg(&here)]).code(0);
             assert_eq!(ran.json()["fits"], true);
             for check in ["kind", "vcpus", "cpu", "tsc", "memory", "xen", "config"] {
@@ -110,7 +114,7 @@ fn a_host_that_is_too_small_or_runs_no_such_guests() {
     let (no, text) = answer(&ran, "kind");
     assert_eq!(
         (no.as_str(), text.as_str()),
-        ("no", "this Xen runs no HVM guests")
+        ("no", "the host runs no HVM guests")
     );
     let (no, text) = answer(&ran, "memory");
     assert_eq!(no, "no");
@@ -152,7 +156,7 @@ fn a_configuration_that_ties_a_guest_to_its_host() {
     let ran =
         ran.stdout_has("cpu     no       the guest has seen what the host lacks (shadow paging");
     let ran = ran.stdout_has("config  warning  nomigrate is set");
-    let ran = ran.stdout_has("config  warning  the guest has 1 of the host's PCI devices");
+    let ran = ran.stdout_has("config  warning  the guest has 1 of its host's PCI devices");
     ran.stdout_has("config  warning  the guest has 2 virtual NUMA nodes");
 }
 
@@ -203,7 +207,7 @@ fn real_images_fit() {
 }
 
 #[test]
-fn facts_that_are_none() {
+fn bad_facts_are_refused() {
     let dir = scratch();
     let host = host_with("pv", dir.path());
     let file = dir.path().join("facts.json");
@@ -212,7 +216,7 @@ fn facts_that_are_none() {
         ("", "there are no facts: it is empty"),
         (
             "Xen 4.17",
-            "these are no facts as `xsr plan --facts` writes them",
+            "this is not the output of `xsr plan --facts`",
         ),
         ("{}", "there is no version"),
         (
@@ -221,8 +225,8 @@ fn facts_that_are_none() {
         ),
         (r#"{"version": 2}"#, "missing field"),
         (
-            r#"{"version": 2, "error": "no Xen"}"#,
-            "the other host has no facts: no Xen",
+            r#"{"version": 2, "error": "no\nXen"}"#,
+            r"`xsr plan --facts` failed: no\nXen",
         ),
         (&long, "longer than 1 MiB"),
     ] {
@@ -231,21 +235,204 @@ fn facts_that_are_none() {
             .code(1)
             .stderr_has(why);
     }
-    let failing = [
-        "plan",
-        "web",
-        &backend(&host),
-        "--on",
-        "other",
-        "-s",
-        "sh -c 'exit 5'",
-    ];
-    run(failing)
-        .code(1)
-        .stderr_has("ended with exit code 5: is xsr installed there?");
+    let document = run(["plan", "--facts", &backend(&host)]).code(0).stdout;
+    fs::write(&file, document).unwrap();
+    for (ssh, why, installed) in [
+        ("sh -c 'exit 5'", "xsr plan --facts` ended with exit code 5", true),
+        ("true", "there are no facts: it is empty", false),
+        (
+            "sh -c 'echo no such command; exit 127'",
+            "ended with exit code 127: this is not the output",
+            false,
+        ),
+        (
+            &format!("sh -c 'cat {}; exit 1'", arg(&file)),
+            "ended with exit code 1, after it had printed facts",
+            false,
+        ),
+        // It would never end by itself.
+        ("sh -c 'exec yes'", "longer than 1 MiB", false),
+    ] {
+        let on = ["--on", "other", "-s", ssh];
+        let plan = ["plan", "web", &backend(&host)];
+        let ran = run(plan.into_iter().chain(on)).code(1).stderr_has(why);
+        assert_eq!(ran.stderr.contains("is xsr installed there?"), installed);
+    }
     run(["plan", "web", &backend(&host), "--on=-oProxyCommand=x"])
         .code(64)
         .stderr_has("would be an option of ssh");
+}
+
+#[test]
+fn facts_come_through_a_pipe_but_not_from_a_directory() {
+    let dir = scratch();
+    let host = host_with("pv", dir.path());
+    let on = |on: &str| run(["plan", "web", &backend(&host), "--on", on]);
+    let document = run(["plan", "--facts", &backend(&host)]).code(0).stdout;
+    let pipe = dir.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| fs::write(&pipe, document).unwrap());
+        on(arg(&pipe)).code(0);
+    });
+    on(arg(dir.path())).code(1).stderr_has("Is a directory");
+    let missing = dir.path().join("missing.json");
+    let why = format!("cannot open {}: No such file", missing.display());
+    on(arg(&missing)).code(1).stderr_has(&why);
+}
+
+#[test]
+fn a_directory_is_not_an_image() {
+    let dir = scratch();
+    let host = host_with("pv", dir.path());
+    for name in ["web", "mail"] {
+        fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    let plan = |guest| {
+        let mut plan = xsr(["plan", guest, &backend(&host)]);
+        plan.current_dir(dir.path());
+        ran(plan)
+    };
+    plan("web").code(0).stdout_has("web: fits on mock:");
+    let why = "mail is a directory, not an image: there is no domain \"mail\"";
+    plan("mail").code(1).stderr_has(why);
+    plan("gone").code(1).stderr_has("there is no file gone: there is no domain \"gone\"");
+}
+
+/// A host's name does not begin a line of the configuration.
+#[test]
+fn the_name_of_a_host_is_escaped() {
+    let dir = scratch();
+    let host = host_with("pv", dir.path());
+    let file = dir.path().join("facts.json");
+    facts(&host, &file);
+    let mut document: serde_json::Value =
+        serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    document["host"] = "a\ncpuid=[\"host\"]\u{1b}[2J".into();
+    fs::write(&file, document.to_string()).unwrap();
+    let level = run(["plan", "--level", arg(&file)]).code(0);
+    assert!(level.stdout.lines().all(|line| line.starts_with("# ")), "{level:?}");
+    level.stdout_has(r#"# common to a\ncpuid=["host"]\u{1b}[2J"#);
+    let ran = run(["plan", "web", &backend(&host), "--on", arg(&file)]).code(0);
+    ran.stdout_has(r#"web: fits on a\ncpuid=["host"]"#);
+}
+
+#[test]
+fn a_paused_domain_does_not_fit_anywhere() {
+    let dir = scratch();
+    let host = host_with("pvh", dir.path());
+    run(["mock", "pause", "web", "--host", arg(&host)]).code(0);
+    let ran = run(["plan", "web", &backend(&host)]).code(1);
+    ran.stdout_has("state   no       it is paused, and a paused domain cannot suspend");
+}
+
+#[test]
+fn the_space_for_an_image_is_looked_at() {
+    let dir = scratch();
+    let host = host_with("pvh", dir.path());
+    let (image, there) = (dir.path().join("web.save"), dir.path().join("no/web.save"));
+    let plan = |guest, to| run(["plan", guest, &backend(&host), "--save-to", to]);
+    let ran = plan("web", arg(&image)).code(0);
+    ran.stdout_has("space   yes      the image will have 15.0 MiB at least;");
+    plan("web", arg(&there)).code(1).stderr_has("no: No such file");
+    run(["save", "-c", &backend(&host), "web", arg(&image)]).code(0);
+    plan(arg(&image), arg(&image)).code(64).stderr_has("--save-to is for a domain");
+}
+
+#[test]
+fn disks_are_looked_for_on_this_host() {
+    let dir = scratch();
+    let host = host_with("pvh", dir.path());
+    let [bare, xl, json, there] =
+        ["web.libxc", "web.save", "config.json", "there.json"].map(|name| dir.path().join(name));
+    run(["save", "-c", &backend(&host), "web", arg(&xl)]).code(0);
+    run(["convert", "--to", "libxc", arg(&xl), "-o", arg(&bare)]).code(0);
+    facts(&host, &there);
+    let with = |disk: &Path| {
+        let config = serde_json::json!({
+            "c_info": { "type": "pvh", "name": "web" },
+            "b_info": { "max_vcpus": 1, "max_memkb": 1048576 },
+            "disks": [
+                { "pdev_path": disk, "vdev": "xvda", "backend": "phy" },
+                { "pdev_path": "", "vdev": "xvdb" },
+                { "pdev_path": "/of/another", "vdev": "xvdc", "backend_domname": "storage" },
+                { "pdev_path": "/by/a/script", "vdev": "xvdd", "script": "block-iscsi" },
+            ],
+        });
+        fs::write(&json, config.to_string()).unwrap();
+        let convert = ["convert", "-f", "--to", "xl", "--config", arg(&json), arg(&bare), "-o"];
+        run(convert.into_iter().chain([arg(&xl)])).code(0);
+        let here = format!("--backend=mock-xen:{}", arg(&host));
+        let here = run(["plan", "--json", &here, arg(&xl)]);
+        let there = run(["plan", "--json", arg(&xl), "--on", arg(&there)]).code(0);
+        (here, answer(&there, "disks"))
+    };
+    let (here, there) = with(&bare);
+    let disk = arg(&bare);
+    let words = |word: &str, text: String| (word.to_owned(), text);
+    assert_eq!(
+        answer(&here.code(0), "disks"),
+        words("yes", format!("this host has {disk}"))
+    );
+    assert_eq!(there, words("unknown", format!("the host must have {disk}")));
+    let gone = dir.path().join("gone.img");
+    let (here, _) = with(&gone);
+    let text = format!("this host does not have {}", arg(&gone));
+    assert_eq!(answer(&here.code(1), "disks"), words("no", text));
+}
+
+/// The host would have been full in the middle of the restore.
+#[test]
+fn a_restore_is_refused_where_the_memory_is_too_little() {
+    let dir = scratch();
+    let host = host_with("pvh", dir.path());
+    let image = dir.path().join("web.save");
+    run(["save", &backend(&host), "web", arg(&image)]).code(0);
+    let small = dir.path().join("small");
+    let config = HostConfig {
+        memory_pages: 2 << 10,
+        ..HostConfig::default()
+    };
+    drop(MockHost::create(&small, &config).unwrap());
+    let restore = ["restore", &backend(&small), arg(&image)];
+    let refused = "the guest has 16.0 MiB of memory, and this host has";
+    run(restore).code(1).stderr_has(refused);
+    let forced = run(restore.into_iter().chain(["--force"])).code(1);
+    assert!(!forced.stderr.contains(refused), "{forced:?}");
+    let list = run(["mock", "list", "--json", "--host", arg(&small)]).code(0);
+    assert_eq!(list.json()["domains"], serde_json::json!([]));
+}
+
+/// Hosts that differ in more than features of CPUID.
+#[test]
+fn a_level_has_state_monitoring_and_registers() {
+    let dir = scratch();
+    let (host, file) = (dir.path().join("host"), dir.path().join("a.json"));
+    run(["mock", "host", "--host", arg(&host)]).code(0);
+    facts(&host, &file);
+    let one: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    let mut other = one.clone();
+    let leaves = other["hvm"]["leaves"].as_array_mut().unwrap();
+    for leaf in leaves {
+        match (leaf["leaf"].as_u64(), leaf["subleaf"].as_u64()) {
+            // The state of PKU is at another place.
+            (Some(0xd), Some(9)) => leaf["ebx"] = 0x980.into(),
+            (Some(0xa), _) => leaf["eax"] = 0x0730_0402.into(),
+            _ => {}
+        }
+    }
+    // RDCL_NO.
+    other["pv"]["msrs"] = serde_json::json!([{ "index": 0x10a, "value": 1 }]);
+    let second = dir.path().join("b.json");
+    fs::write(&second, other.to_string()).unwrap();
+    let level = ["plan", "--level", arg(&file), arg(&second)];
+    let ran = run(level).code(0);
+    let ran = ran.stdout_has("# HVM and PVH guests: without PKU\n");
+    let ran = ran.stdout_has("# HVM and PVH guests: performance monitoring version 0\n");
+    let ran = ran.stdout_has("\"0xa:eax=xxxxxxxxxxxxxxxxxxxxxxxx00000000\"]\n");
+    ran.stdout_has("# PV guests: without RDCL_NO\n# PV guests: cpuid cannot hide RDCL_NO\n");
+    let document = run(level.into_iter().chain(["--json"])).code(0).json();
+    assert_eq!(document["levels"][1]["performance_monitoring"], 0);
 }
 
 #[test]
@@ -269,5 +456,5 @@ fn two_domains_beside_each_other() {
     create(&host, "mail", "pvh");
     let mut plan = xsr(["plan", "mail", &backend(&host)]);
     plan.env_remove("XSR_BACKEND");
-    ran(plan).code(0).stdout_has("this Xen runs PVH guests");
+    ran(plan).code(0).stdout_has("the host runs PVH guests");
 }

@@ -126,9 +126,17 @@ const COMPONENTS: [(u8, &str, Feature); 9] = [
 ];
 
 /// The common name of a component.
-pub(super) fn component_name(component: u8) -> Option<&'static str> {
+fn component_name(component: u8) -> Option<&'static str> {
     let known = COMPONENTS.iter().find(|(number, ..)| *number == component);
     known.map(|(_, name, _)| *name)
+}
+
+/// The name of a component's state.
+pub(super) fn state_name(component: u8) -> String {
+    match component_name(component) {
+        Some(name) => format!("the XSAVE state of {name}"),
+        None => format!("XSAVE state component {component}"),
+    }
 }
 
 /// The features that a component needs.
@@ -137,4 +145,10 @@ pub(super) fn features_of(component: u8) -> impl Iterator<Item = Feature> {
         (*number == component).then_some(*feature)
     };
     COMPONENTS.iter().filter_map(of)
+}
+
+/// The components that need one of these features.
+pub(super) fn components_of(features: &[Feature]) -> impl Iterator<Item = u8> {
+    let needs = |(_, _, feature): &&(u8, &str, Feature)| features.contains(feature);
+    COMPONENTS.iter().filter(needs).map(|(number, ..)| *number)
 }

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-const NO_SUBLEAF: u32 = u32::MAX;
+const NO_SUBLEAF: u32 = CpuPolicy::NO_SUBLEAF;
 /// In the order of leaf 0: EBX, ECX, EDX.
 const AMD: [u32; 3] = [0x6874_7541, 0x444d_4163, 0x6974_6e65];
 const INTEL: [u32; 3] = [0x756e_6547, 0x6c65_746e, 0x4965_6e69];
@@ -404,7 +404,7 @@ fn with(features: &[&str]) -> CpuPolicy {
                 let only = |this: Register| if this == register { bit } else { 0 };
                 policy.leaves.push(CpuidLeaf {
                     leaf,
-                    subleaf: if leaf == 7 { subleaf } else { u32::MAX },
+                    subleaf: if leaf == 7 { subleaf } else { NO_SUBLEAF },
                     eax: only(Register::Eax),
                     ebx: only(Register::Ebx),
                     ecx: only(Register::Ecx),
@@ -432,8 +432,7 @@ fn a_level_hides_what_not_all_hosts_have() {
     let hidden = level(&hosts).unwrap();
     let names: Vec<_> = hidden.hidden.iter().filter_map(|f| f.name()).collect();
     assert_eq!(names, ["pcid", "sse4-2", "rdcl-no"]);
-    let beyond: Vec<_> = hidden.beyond_cpuid().filter_map(Feature::name).collect();
-    assert_eq!(beyond, ["rdcl-no"]);
+    assert_eq!(hidden.beyond_cpuid(), ["RDCL_NO"]);
     // Bits 17 and 20 of leaf 1's ecx.
     assert_eq!(
         hidden.to_string(),
@@ -463,12 +462,65 @@ fn a_guest_of_the_level_misses_nothing() {
     }
 }
 
+/// Zen 3 and Zen 4 have PKU both, and keep its state at different places.
+#[test]
+fn a_level_hides_features_whose_state_is_elsewhere() {
+    let hosts = [with_pkru(0x340), with_pkru(0x980)];
+    let level = level(&hosts).unwrap();
+    assert_eq!(level.hidden, [Feature::named("pku").unwrap()]);
+    assert_eq!(level.components, []);
+    assert_eq!(
+        level.registers(),
+        ["0x7,0:ecx=xxxxxxxxxxxxxxxxxxxxxxxxxxxx0xxx"]
+    );
+    for host in &hosts {
+        let mut guest = host.clone();
+        guest.remove(&level.hidden);
+        for other in &hosts {
+            assert_eq!(missing(&guest, other), []);
+        }
+    }
+}
+
+/// A component stays while one of the features that need it does.
+#[test]
+fn removing_a_feature_removes_its_state() {
+    let mut policy = with_pkru(0x980);
+    policy.remove(&[Feature::named("avx2").unwrap()]);
+    assert_eq!(policy.leaves[2].eax, 0x207);
+    policy.remove(&[Feature::named("pku").unwrap()]);
+    assert_eq!(policy.leaves[2].eax, 7);
+    policy.remove(&[Feature::named("avx").unwrap()]);
+    assert_eq!(policy.leaves[2].eax, 3);
+}
+
+#[test]
+fn state_without_a_feature_cannot_be_hidden() {
+    let unknown = policy(&[(0xd, 0, [3, 0, 0, 1]), (0xd, 32, [64, 0xb00, 0, 0])]);
+    let level = level(&[unknown.clone(), CpuPolicy::default()]).unwrap();
+    assert_eq!((&*level.hidden, &*level.components), (&[][..], &[32][..]));
+    assert_eq!(level.beyond_cpuid(), ["XSAVE state component 32"]);
+    assert_eq!(super::level(&[unknown.clone(), unknown]).unwrap(), Level::default());
+}
+
+#[test]
+fn a_level_sets_the_lowest_version_of_performance_monitoring() {
+    let version = |version: u32| policy(&[(0xa, NO_SUBLEAF, [0x0730_0400 | version, 0, 0, 0x603])]);
+    let level = level(&[version(5), version(2), version(4)]).unwrap();
+    assert_eq!(level.monitoring, Some(2));
+    assert_eq!(
+        level.registers(),
+        ["0xa:eax=xxxxxxxxxxxxxxxxxxxxxxxx00000010"]
+    );
+    assert_eq!(super::level(&[version(2), version(2)]).unwrap(), Level::default());
+}
+
 #[test]
 fn hosts_of_two_vendors_have_no_level() {
     let vendor = |ebx, edx, ecx| CpuPolicy {
         leaves: vec![CpuidLeaf {
             leaf: 0,
-            subleaf: u32::MAX,
+            subleaf: NO_SUBLEAF,
             eax: 0,
             ebx,
             ecx,

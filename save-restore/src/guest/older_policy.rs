@@ -14,8 +14,7 @@ use xsr_format::cpu_policy::CpuPolicy as TypedPolicy;
 use xsr_format::record::x86::{CpuidLeaf, CpuidPolicy};
 use xsr_xen_backend::{BackendError, CpuPolicy, Domain};
 
-/// The subleaf of a leaf that has none.
-const NO_SUBLEAF: u32 = u32::MAX;
+const NO_SUBLEAF: u32 = TypedPolicy::NO_SUBLEAF;
 
 /// The largest basic and extended leaf of Xen 4.13, and its only subleaf of leaf 7.
 const MAX_BASIC: u32 = 0xd;

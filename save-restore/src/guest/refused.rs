@@ -11,8 +11,6 @@ use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
 use xsr_format::fields::x86::{arch_capabilities, leaf_name, msr_name};
 use xsr_xen_backend::{BackendError, CpuPolicy, Detail, Domain, PolicyEntry};
 
-/// "The leaf has no subleaves."
-const NO_SUBLEAF: u32 = u32::MAX;
 /// MSR_ARCH_CAPABILITIES.
 const ARCH_CAPABILITIES: u32 = 0x10a;
 /// MSR_INTEL_PLATFORM_INFO, and the one bit of it that a guest may see.
@@ -141,7 +139,7 @@ impl fmt::Display for PolicyRefused {
         match entry {
             Some(PolicyEntry::Leaf { leaf, subleaf }) => {
                 let name = leaf_name(leaf).map_or_else(String::new, |name| format!(" ({name})"));
-                let at = subleaf.unwrap_or(NO_SUBLEAF);
+                let at = subleaf.unwrap_or(Leaves::NO_SUBLEAF);
                 write!(
                     f,
                     "Xen refuses {}{name}, where the image has {}",

@@ -19,7 +19,7 @@ fn policy(leaf_1_ecx: u32, leaf_7: [u32; 2]) -> CpuPolicy {
     };
     CpuPolicy {
         leaves: vec![
-            leaf(1, u32::MAX, 0, leaf_1_ecx),
+            leaf(1, CpuPolicy::NO_SUBLEAF, 0, leaf_1_ecx),
             leaf(7, 0, leaf_7[0], leaf_7[1]),
         ],
         msrs: Vec::new(),
@@ -66,6 +66,8 @@ fn needs() -> Needs {
         }),
         hap: None,
         nested: false,
+        used_state: 0,
+        activity: Activity::Saved,
     }
 }
 
@@ -144,8 +146,47 @@ fn without_a_policy_nothing_is_known() {
     assert_eq!(check(&needs(), &silent, Subject::Cpu).0, Answer::Unknown);
 }
 
+/// An image from before Xen 4.14 still says which state its vcpus have used.
 #[test]
-fn kinds_that_a_host_has_not() {
+fn state_that_was_used_stands_in_for_a_policy() {
+    let mut old = needs();
+    old.cpu = CpuPolicy::default();
+    // x87, SSE and AVX.
+    old.used_state = 7;
+    let (answer, text) = check(&old, &host(), Subject::Cpu);
+    assert_eq!(answer, Answer::No);
+    assert!(text.ends_with("lacks: the XSAVE state of AVX"), "{text}");
+    let mut avx = host();
+    let area = CpuidLeaf {
+        leaf: 0xd,
+        subleaf: 0,
+        eax: 7,
+        ..CpuidLeaf::default()
+    };
+    avx.hvm.as_mut().unwrap().leaves.push(area);
+    assert_eq!(check(&old, &avx, Subject::Cpu).0, Answer::Unknown);
+}
+
+#[test]
+fn a_guest_that_cannot_be_suspended() {
+    assert!(plan(&needs(), &host()).iter().all(|check| check.subject != Subject::State));
+    for (activity, kind, expected) in [
+        (Activity::Running, GuestKind::Pvh, Answer::Yes),
+        (Activity::Paused, GuestKind::Pvh, Answer::No),
+        (Activity::Paused, GuestKind::Hvm, Answer::Warning),
+        (Activity::Down(ShutdownReason::Suspend), GuestKind::Pvh, Answer::No),
+        (Activity::Down(ShutdownReason::Crash), GuestKind::Hvm, Answer::No),
+        (Activity::Dying, GuestKind::Pvh, Answer::No),
+    ] {
+        let mut needs = needs();
+        (needs.activity, needs.kind) = (activity, kind);
+        let (answer, text) = check(&needs, &host(), Subject::State);
+        assert_eq!(answer, expected, "{activity:?}: {text}");
+    }
+}
+
+#[test]
+fn a_host_without_the_guests_kind() {
     let mut host = host();
     host.physinfo.hvm = false;
     assert_eq!(check(&needs(), &host, Subject::Kind).0, Answer::No);

@@ -12,8 +12,7 @@ use crate::{CpuPolicy, GuestKind, PolicyEntry};
 const LEAF: usize = 24;
 /// Bytes in an MSR of a policy.
 const MSR: usize = 16;
-/// The subleaf number of a leaf without subleaves.
-const NO_SUBLEAF: u32 = u32::MAX;
+const NO_SUBLEAF: u32 = xsr_format::cpu_policy::CpuPolicy::NO_SUBLEAF;
 
 /// Largest basic leaf that the machine offers.
 pub(super) const MAX_BASIC: u32 = 0x1f;

@@ -5,6 +5,7 @@ use std::fmt::Display;
 
 use anyhow::Result;
 use serde_json::Value;
+use xsr_format::cpu_policy::CpuPolicy;
 use xsr_format::fields::hvm::{HvmDifference, HvmRecord, HvmRecordKind, diff_contexts, param_name};
 use xsr_format::fields::{self, FieldDifference, Layout, pv};
 use xsr_format::record::RecordKind;
@@ -421,7 +422,7 @@ fn cpu_policy(a: &Image, b: &Image, found: &mut Found) {
     let keys: BTreeSet<_> = leaves_a.keys().chain(leaves_b.keys()).collect();
     for key in keys {
         let name = match *key {
-            (leaf, u32::MAX) => format!("CPUID {leaf:#x}"),
+            (leaf, CpuPolicy::NO_SUBLEAF) => format!("CPUID {leaf:#x}"),
             (leaf, subleaf) => format!("CPUID {leaf:#x}.{subleaf:#x}"),
         };
         let (a, b) = (leaves_a.get(key), leaves_b.get(key));

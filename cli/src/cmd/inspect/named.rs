@@ -6,10 +6,8 @@ use xsr_format::fields::x86::{Register, arch_capabilities, features, leaf_name, 
 use xsr_format::fields::{self, Layout, Value, pv};
 use xsr_format::record::pv::PvInfo;
 use xsr_format::record::{Body, Record, RecordKind};
+use xsr_format::cpu_policy::CpuPolicy;
 use xsr_format::wrapper::libxl::LibxlRecord;
-
-/// The leaf has no subleaves: `XEN_CPUID_NO_SUBLEAF`.
-const NO_SUBLEAF: u32 = u32::MAX;
 
 /// The MSR whose bits are features.
 const ARCH_CAPABILITIES: u32 = 0x10a;
@@ -103,7 +101,7 @@ pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
             .iter()
             .map(|leaf| {
                 let of = match leaf.subleaf {
-                    NO_SUBLEAF => format!("{kind} {:#x}", leaf.leaf),
+                    CpuPolicy::NO_SUBLEAF => format!("{kind} {:#x}", leaf.leaf),
                     subleaf => format!("{kind} {:#x}:{subleaf:#x}", leaf.leaf),
                 };
                 let registers = [
@@ -113,7 +111,7 @@ pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
                     ("edx", Register::Edx, leaf.edx),
                 ];
                 let subleaf = match leaf.subleaf {
-                    NO_SUBLEAF => 0,
+                    CpuPolicy::NO_SUBLEAF => 0,
                     subleaf => subleaf,
                 };
                 let mut fields = Vec::new();

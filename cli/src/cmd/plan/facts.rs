@@ -1,5 +1,5 @@
-//! What a host has, as JSON (docs/json.md): written by `plan --facts`, on this host or another, and
-//! read again.
+//! The facts of a host, as JSON (docs/json.md): `plan --facts` writes them, and `plan --on` and
+//! `plan --level` read them.
 
 use std::fs::File;
 use std::io::Read;
@@ -12,23 +12,24 @@ use xsr_format::record::x86::{CpuidLeaf, MsrEntry};
 use xsr_save_restore::plan::HostFacts;
 use xsr_xen_backend::{PhysInfo, XenVersion};
 
-/// Facts that are longer are refused. Those of a real host take some 20 KiB.
-const MAX_BYTES: u64 = 1 << 20;
+use crate::stdout::CURRENT;
+use crate::text::{shown, shown_name, shown_path};
 
-/// The version of the fields: that of all JSON documents.
-const VERSION: u64 = 2;
+/// The longest facts that are accepted. Those of a real host take some 20 KiB.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// A host, by name, and what it has.
 #[derive(Clone, Debug)]
 pub(super) struct Named {
+    /// Fit to be shown.
     pub(super) name: String,
     pub(super) facts: HostFacts,
 }
 
-/// The document.
+/// What `plan --facts` prints.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Document {
-    /// Its host name.
+    /// The host's name.
     host: String,
     xen_major: u16,
     xen_minor: u16,
@@ -38,10 +39,10 @@ pub(super) struct Document {
     tsc_khz: u32,
     hap: bool,
     shadow: bool,
-    /// Whether there are such guests.
+    /// Whether the host runs guests of these kinds.
     runs_pv: bool,
     runs_hvm: bool,
-    /// The largest policies.
+    /// The largest policy of a guest of each kind.
     pv: Option<Policy>,
     hvm: Option<Policy>,
 }
@@ -69,14 +70,11 @@ struct Msr {
     value: u64,
 }
 
-/// The number that stands for "no subleaves" in a policy.
-const NO_SUBLEAF: u32 = u32::MAX;
-
 impl From<&CpuPolicy> for Policy {
     fn from(policy: &CpuPolicy) -> Self {
         let leaf = |leaf: &CpuidLeaf| Leaf {
             leaf: leaf.leaf,
-            subleaf: (leaf.subleaf != NO_SUBLEAF).then_some(leaf.subleaf),
+            subleaf: (leaf.subleaf != CpuPolicy::NO_SUBLEAF).then_some(leaf.subleaf),
             eax: leaf.eax,
             ebx: leaf.ebx,
             ecx: leaf.ecx,
@@ -97,7 +95,7 @@ impl From<Policy> for CpuPolicy {
     fn from(policy: Policy) -> Self {
         let leaf = |leaf: Leaf| CpuidLeaf {
             leaf: leaf.leaf,
-            subleaf: leaf.subleaf.unwrap_or(NO_SUBLEAF),
+            subleaf: leaf.subleaf.unwrap_or(CpuPolicy::NO_SUBLEAF),
             eax: leaf.eax,
             ebx: leaf.ebx,
             ecx: leaf.ecx,
@@ -148,7 +146,7 @@ impl Document {
 impl From<Document> for Named {
     fn from(document: Document) -> Self {
         Self {
-            name: document.host,
+            name: shown_name(&document.host),
             facts: HostFacts {
                 xen: XenVersion {
                     major: document.xen_major,
@@ -171,38 +169,49 @@ impl From<Document> for Named {
     }
 }
 
-/// Reads facts from a file.
+/// Reads facts from a file, which may be a pipe.
 ///
 /// # Errors
 ///
-/// It cannot be read, or holds no facts.
+/// It cannot be read, or its contents are not facts.
 pub(super) fn read(path: &Path) -> Result<Named> {
-    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    parse(file).with_context(|| path.display().to_string())
+    let name = || shown_path(path);
+    let file = File::open(path).with_context(|| format!("cannot open {}", name()))?;
+    let text = text_of(file).with_context(name)?;
+    parse(&text).with_context(name)
+}
+
+/// Reads everything, if it is not longer than facts can be.
+///
+/// # Errors
+///
+/// It is longer, or cannot be read.
+pub(super) fn text_of(source: impl Read) -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    let bytes = source.take(MAX_BYTES + 1).read_to_end(&mut text)? as u64;
+    ensure!(
+        bytes <= MAX_BYTES,
+        "longer than 1 MiB, which the output of `xsr plan --facts` never is"
+    );
+    Ok(text)
 }
 
 /// Parses facts.
 ///
 /// # Errors
 ///
-/// They cannot be read, are too long, of another version, or none.
-pub(super) fn parse(source: impl Read) -> Result<Named> {
-    let mut text = Vec::new();
-    let bytes = source.take(MAX_BYTES + 1).read_to_end(&mut text)? as u64;
-    ensure!(
-        bytes <= MAX_BYTES,
-        "this is longer than 1 MiB, which no `xsr plan --facts` writes"
-    );
+/// The text is something else, or has another version.
+pub(super) fn parse(text: &[u8]) -> Result<Named> {
     ensure!(!text.is_empty(), "there are no facts: it is empty");
-    let not_facts = "these are no facts as `xsr plan --facts` writes them";
-    let value: serde_json::Value = serde_json::from_slice(&text).context(not_facts)?;
+    let not_facts = "this is not the output of `xsr plan --facts`";
+    let value: serde_json::Value = serde_json::from_slice(text).context(not_facts)?;
     if let Some(error) = value.get("error").and_then(serde_json::Value::as_str) {
-        bail!("the other host has no facts: {error}");
+        bail!("`xsr plan --facts` failed: {}", shown(error));
     }
     match value.get("version").and_then(serde_json::Value::as_u64) {
-        Some(VERSION) => {}
+        Some(version) if version == u64::from(CURRENT) => {}
         Some(other) => bail!(
-            "the facts have version {other}, and this xsr reads version {VERSION}: run the same \
+            "the facts have version {other}, and this xsr reads version {CURRENT}: run the same \
              xsr on both hosts"
         ),
         None => bail!("{not_facts}: there is no version"),
