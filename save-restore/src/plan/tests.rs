@@ -161,7 +161,9 @@ fn state_that_was_used_stands_in_for_a_policy() {
         leaf: 0xd,
         subleaf: 0,
         eax: 7,
-        ..CpuidLeaf::default()
+        ebx: 0,
+        ecx: 0,
+        edx: 0,
     };
     avx.hvm.as_mut().unwrap().leaves.push(area);
     assert_eq!(check(&old, &avx, Subject::Cpu).0, Answer::Unknown);
