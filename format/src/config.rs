@@ -207,9 +207,19 @@ impl DomainConfig {
 
 /// The file or device of the host that a disk is. C: `libxl__device_disk_set_backend`.
 fn path_of(disk: &Value) -> Option<String> {
-    let text = |key: &str| disk.get(key).and_then(Value::as_str).filter(|t| !t.is_empty());
-    let elsewhere = disk.get("backend_domid").and_then(Value::as_u64).unwrap_or(0) != 0
-        || ["backend_domname", "script", "colo_host"].iter().any(|key| text(key).is_some());
+    let text = |key: &str| {
+        disk.get(key)
+            .and_then(Value::as_str)
+            .filter(|t| !t.is_empty())
+    };
+    let elsewhere = disk
+        .get("backend_domid")
+        .and_then(Value::as_u64)
+        .unwrap_or(0)
+        != 0
+        || ["backend_domname", "script", "colo_host"]
+            .iter()
+            .any(|key| text(key).is_some());
     let path = text("pdev_path").filter(|path| path.starts_with('/') && !elsewhere)?;
     Some(path.to_owned())
 }

@@ -31,7 +31,10 @@ pub(crate) fn use_identities(files: &[PathBuf]) -> Result<()> {
             .read_to_string(&mut text)
             .with_context(name)?;
         if text.len() as u64 > MAX_FILE {
-            let why = format!("{} is longer than 1 MiB, which a file of identities never is", name());
+            let why = format!(
+                "{} is longer than 1 MiB, which a file of identities never is",
+                name()
+            );
             return Err(Error::new(BadUsage(why)));
         }
         // The line itself may be a secret with a typing error.

@@ -112,7 +112,9 @@ impl Header {
         }
         for stanza in self.stanzas.iter().filter(|stanza| kind(stanza) == X25519) {
             let [_, share] = &*stanza.arguments else {
-                return Err(AgeError::Header("an X25519 recipient needs exactly one argument"));
+                return Err(AgeError::Header(
+                    "an X25519 recipient needs exactly one argument",
+                ));
             };
             let share = from_base64(share).and_then(|share| <[u8; 32]>::try_from(share).ok());
             let wrapped = <[u8; WRAPPED]>::try_from(&*stanza.body).ok();

@@ -173,10 +173,7 @@ impl<R: BufRead> Decrypted<R> {
     fn read_piece(&mut self) -> io::Result<(Vec<u8>, State)> {
         let mut piece = Vec::new();
         let most = (PIECE + TAG) as u64;
-        self.source
-            .by_ref()
-            .take(most)
-            .read_to_end(&mut piece)?;
+        self.source.by_ref().take(most).read_to_end(&mut piece)?;
         let is_last = piece.len() < PIECE + TAG || self.has_ended()?;
         let plain = match self.open(&piece, is_last) {
             Some(plain) => plain,

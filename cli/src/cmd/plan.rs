@@ -217,7 +217,10 @@ fn space(args: &PlanArgs, planned: &Guest) -> Result<Option<Check>> {
                 (true, false) => Answer::Warning,
                 (true, true) => Answer::No,
             };
-            (answer, format!("{needed}; {name} has {} free", size(room.free)))
+            (
+                answer,
+                format!("{needed}; {name} has {} free", size(room.free)),
+            )
         }
     };
     Ok(Some(Check::new(Subject::Space, answer, text)))

@@ -24,9 +24,9 @@ use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_save_restore::storage::onto::OntoWriter;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack};
 use xsr_save_restore::{Live, SaveError, SaveOptions, SaveRequest, Saved};
+use xsr_xen_backend::Domain;
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 use xsr_xen_backend::mock::phase;
-use xsr_xen_backend::Domain;
 
 use self::onto::Base;
 pub(crate) use self::report::MemoryReport;

@@ -39,7 +39,11 @@ fn an_image_and_its_domain_fit_where_they_come_from() {
             assert!(!ran.stdout.contains(" no "), "{kind}: {ran:?}");
             // Only a domain has a state.
             let checks = if guest == "web" { 8 } else { 7 };
-            assert_eq!(ran.stdout.matches(" yes ").count(), checks, "{kind}: {ran:?}");
+            assert_eq!(
+                ran.stdout.matches(" yes ").count(),
+                checks,
+                "{kind}: {ran:?}"
+            );
             let ran = run(["plan", "--json", &backend(&host), guest, "--on", arg(&here)]).code(0);
             assert_eq!(ran.json()["fits"], true);
             for check in ["kind", "vcpus", "cpu", "tsc", "memory", "xen", "config"] {
@@ -214,10 +218,7 @@ fn bad_facts_are_refused() {
     let long = format!("{{\"host\": \"{}\"}}", "x".repeat(1 << 20));
     for (text, why) in [
         ("", "there are no facts: it is empty"),
-        (
-            "Xen 4.17",
-            "this is not the output of `xsr plan --facts`",
-        ),
+        ("Xen 4.17", "this is not the output of `xsr plan --facts`"),
         ("{}", "there is no version"),
         (
             r#"{"version": 3}"#,
@@ -238,7 +239,11 @@ fn bad_facts_are_refused() {
     let document = run(["plan", "--facts", &backend(&host)]).code(0).stdout;
     fs::write(&file, document).unwrap();
     for (ssh, why, installed) in [
-        ("sh -c 'exit 5'", "xsr plan --facts` ended with exit code 5", true),
+        (
+            "sh -c 'exit 5'",
+            "xsr plan --facts` ended with exit code 5",
+            true,
+        ),
         ("true", "there are no facts: it is empty", false),
         (
             "sh -c 'echo no such command; exit 127'",
@@ -296,7 +301,9 @@ fn a_directory_is_not_an_image() {
     plan("web").code(0).stdout_has("web: fits on mock:");
     let why = "mail is a directory, not an image: there is no domain \"mail\"";
     plan("mail").code(1).stderr_has(why);
-    plan("gone").code(1).stderr_has("there is no file gone: there is no domain \"gone\"");
+    plan("gone")
+        .code(1)
+        .stderr_has("there is no file gone: there is no domain \"gone\"");
 }
 
 /// A host's name does not begin a line of the configuration.
@@ -311,7 +318,10 @@ fn the_name_of_a_host_is_escaped() {
     document["host"] = "a\ncpuid=[\"host\"]\u{1b}[2J".into();
     fs::write(&file, document.to_string()).unwrap();
     let level = run(["plan", "--level", arg(&file)]).code(0);
-    assert!(level.stdout.lines().all(|line| line.starts_with("# ")), "{level:?}");
+    assert!(
+        level.stdout.lines().all(|line| line.starts_with("# ")),
+        "{level:?}"
+    );
     level.stdout_has(r#"# common to a\ncpuid=["host"]\u{1b}[2J"#);
     let ran = run(["plan", "web", &backend(&host), "--on", arg(&file)]).code(0);
     ran.stdout_has(r#"web: fits on a\ncpuid=["host"]"#);
@@ -334,9 +344,13 @@ fn the_space_for_an_image_is_looked_at() {
     let plan = |guest, to| run(["plan", guest, &backend(&host), "--save-to", to]);
     let ran = plan("web", arg(&image)).code(0);
     ran.stdout_has("space   yes      the image will have 15.0 MiB at least;");
-    plan("web", arg(&there)).code(1).stderr_has("no: No such file");
+    plan("web", arg(&there))
+        .code(1)
+        .stderr_has("no: No such file");
     run(["save", "-c", &backend(&host), "web", arg(&image)]).code(0);
-    plan(arg(&image), arg(&image)).code(64).stderr_has("--save-to is for a domain");
+    plan(arg(&image), arg(&image))
+        .code(64)
+        .stderr_has("--save-to is for a domain");
 }
 
 #[test]
@@ -360,7 +374,16 @@ fn disks_are_looked_for_on_this_host() {
             ],
         });
         fs::write(&json, config.to_string()).unwrap();
-        let convert = ["convert", "-f", "--to", "xl", "--config", arg(&json), arg(&bare), "-o"];
+        let convert = [
+            "convert",
+            "-f",
+            "--to",
+            "xl",
+            "--config",
+            arg(&json),
+            arg(&bare),
+            "-o",
+        ];
         run(convert.into_iter().chain([arg(&xl)])).code(0);
         let here = format!("--backend=mock-xen:{}", arg(&host));
         let here = run(["plan", "--json", &here, arg(&xl)]);
@@ -374,7 +397,10 @@ fn disks_are_looked_for_on_this_host() {
         answer(&here.code(0), "disks"),
         words("yes", format!("this host has {disk}"))
     );
-    assert_eq!(there, words("unknown", format!("the host must have {disk}")));
+    assert_eq!(
+        there,
+        words("unknown", format!("the host must have {disk}"))
+    );
     let gone = dir.path().join("gone.img");
     let (here, _) = with(&gone);
     let text = format!("this host does not have {}", arg(&gone));

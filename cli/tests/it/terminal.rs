@@ -164,7 +164,14 @@ fn unpacking_that_takes_long_shows_how_far_it_is() {
     let dir = scratch();
     let (image, packed) = (crate::common::image("tpv"), dir.path().join("packed"));
     let out = dir.path().join("o.raw");
-    let convert = ["convert", "--compress", "zstd", arg(&image), "-o", arg(&packed)];
+    let convert = [
+        "convert",
+        "--compress",
+        "zstd",
+        arg(&image),
+        "-o",
+        arg(&packed),
+    ];
     run(convert).code(0);
     let whole = std::fs::read(&packed).unwrap();
     let commands: [&[&str]; 3] = [

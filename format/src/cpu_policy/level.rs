@@ -57,7 +57,9 @@ pub fn level(hosts: &[CpuPolicy]) -> Result<Level, LevelError> {
     }
     let components = differing_components(hosts, &mut hidden);
     let versions = || hosts.iter().map(CpuPolicy::monitoring);
-    let monitoring = versions().min().filter(|least| versions().any(|v| v != *least));
+    let monitoring = versions()
+        .min()
+        .filter(|least| versions().any(|v| v != *least));
     Ok(Level {
         hidden,
         monitoring,
@@ -88,7 +90,12 @@ fn differing_components(hosts: &[CpuPolicy], hidden: &mut Vec<Feature>) -> Vec<u
             }
         }
     }
-    let order = |feature: &Feature| (FeatureWord::all().position(|w| w == feature.word), feature.bit);
+    let order = |feature: &Feature| {
+        (
+            FeatureWord::all().position(|w| w == feature.word),
+            feature.bit,
+        )
+    };
     hidden.sort_by_key(order);
     beyond
 }

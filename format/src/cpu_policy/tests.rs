@@ -500,7 +500,10 @@ fn state_without_a_feature_cannot_be_hidden() {
     let level = level(&[unknown.clone(), CpuPolicy::default()]).unwrap();
     assert_eq!((&*level.hidden, &*level.components), (&[][..], &[32][..]));
     assert_eq!(level.beyond_cpuid(), ["XSAVE state component 32"]);
-    assert_eq!(super::level(&[unknown.clone(), unknown]).unwrap(), Level::default());
+    assert_eq!(
+        super::level(&[unknown.clone(), unknown]).unwrap(),
+        Level::default()
+    );
 }
 
 #[test]
@@ -512,7 +515,10 @@ fn a_level_sets_the_lowest_version_of_performance_monitoring() {
         level.registers(),
         ["0xa:eax=xxxxxxxxxxxxxxxxxxxxxxxx00000010"]
     );
-    assert_eq!(super::level(&[version(2), version(2)]).unwrap(), Level::default());
+    assert_eq!(
+        super::level(&[version(2), version(2)]).unwrap(),
+        Level::default()
+    );
 }
 
 #[test]

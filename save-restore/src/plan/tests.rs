@@ -171,13 +171,25 @@ fn state_that_was_used_stands_in_for_a_policy() {
 
 #[test]
 fn a_guest_that_cannot_be_suspended() {
-    assert!(plan(&needs(), &host()).iter().all(|check| check.subject != Subject::State));
+    assert!(
+        plan(&needs(), &host())
+            .iter()
+            .all(|check| check.subject != Subject::State)
+    );
     for (activity, kind, expected) in [
         (Activity::Running, GuestKind::Pvh, Answer::Yes),
         (Activity::Paused, GuestKind::Pvh, Answer::No),
         (Activity::Paused, GuestKind::Hvm, Answer::Warning),
-        (Activity::Down(ShutdownReason::Suspend), GuestKind::Pvh, Answer::No),
-        (Activity::Down(ShutdownReason::Crash), GuestKind::Hvm, Answer::No),
+        (
+            Activity::Down(ShutdownReason::Suspend),
+            GuestKind::Pvh,
+            Answer::No,
+        ),
+        (
+            Activity::Down(ShutdownReason::Crash),
+            GuestKind::Hvm,
+            Answer::No,
+        ),
         (Activity::Dying, GuestKind::Pvh, Answer::No),
     ] {
         let mut needs = needs();

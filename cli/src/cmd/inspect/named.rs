@@ -1,12 +1,12 @@
 //! The fields of the blobs in an image, for `xsr inspect --fields`.
 
 use serde::Serialize;
+use xsr_format::cpu_policy::CpuPolicy;
 use xsr_format::fields::hvm::{HvmContext, param_name};
 use xsr_format::fields::x86::{Register, arch_capabilities, features, leaf_name, msr_name};
 use xsr_format::fields::{self, Layout, Value, pv};
 use xsr_format::record::pv::PvInfo;
 use xsr_format::record::{Body, Record, RecordKind};
-use xsr_format::cpu_policy::CpuPolicy;
 use xsr_format::wrapper::libxl::LibxlRecord;
 
 /// The MSR whose bits are features.

@@ -37,7 +37,10 @@ pub(super) fn disks(config: &DomainConfig, is_here: bool) -> Option<Check> {
 
 fn listed<'p>(paths: impl ExactSizeIterator<Item = &'p String>) -> String {
     let beyond = paths.len().saturating_sub(MOST_DISKS);
-    let mut list: Vec<_> = paths.take(MOST_DISKS).map(|path| shown_value(path)).collect();
+    let mut list: Vec<_> = paths
+        .take(MOST_DISKS)
+        .map(|path| shown_value(path))
+        .collect();
     if beyond > 0 {
         list.push(format!("{} more", Count(beyond, "disk")));
     }
