@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use xsr_save_restore::progress::Progress;
 
 use crate::terminal::Terminal;
+use crate::watch::SessionProgress;
 
 /// How long the bar may take to disappear. If it takes longer, its terminal has stalled.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -17,8 +18,8 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// What to draw.
 #[derive(Debug, Default)]
 struct State {
-    /// The latest progress, and the size of the image that is read.
-    news: Option<(Progress, Option<u64>)>,
+    /// The latest progress, the size of the image that is read, and what the session carries.
+    news: Option<(Progress, Option<u64>, Option<SessionProgress>)>,
     /// No more progress will come.
     over: bool,
     /// The bar has been removed.
@@ -73,8 +74,13 @@ impl Painter {
     }
 
     /// Show the engine's progress.
-    pub(crate) fn show(&self, progress: &Progress, bytes_total: Option<u64>) {
-        let news = Some((*progress, bytes_total));
+    pub(crate) fn show(
+        &self,
+        progress: &Progress,
+        bytes_total: Option<u64>,
+        session: Option<SessionProgress>,
+    ) {
+        let news = Some((*progress, bytes_total, session));
         self.shared.change(|state| state.news = news);
     }
 
@@ -96,7 +102,9 @@ fn draw(terminal: &Terminal, what: &'static str, shared: &Shared) {
         let news = state.news.take();
         drop(state);
         match news {
-            Some((progress, bytes_total)) => bar.progress(&progress, bytes_total),
+            Some((progress, bytes_total, session)) => {
+                bar.progress(&progress, bytes_total, session.as_ref());
+            }
             None => return,
         }
         // Beyond some lines a second the bar leaves lines out by itself, even the last.

@@ -11,6 +11,7 @@ use xsr_save_restore::progress::{Phase, Progress};
 
 use crate::exit;
 use crate::text::{escaped, for_locale, is_unfit, shown, size};
+use crate::watch::SessionProgress;
 
 /// Stderr, and what may be printed on it.
 #[derive(Clone, Debug)]
@@ -166,7 +167,12 @@ impl Bar {
 
     /// Show the engine's progress. `bytes_total`: the size of an image that is read, which its
     /// stream does not say.
-    pub(crate) fn progress(&self, progress: &Progress, bytes_total: Option<u64>) {
+    pub(crate) fn progress(
+        &self,
+        progress: &Progress,
+        bytes_total: Option<u64>,
+        session: Option<&SessionProgress>,
+    ) {
         let (done, total) = match progress.bytes_total {
             Some(total) => (progress.bytes_done, Some(total)),
             // All memory is done, and a pass that ends this quickly may not have been drawn.
@@ -180,7 +186,9 @@ impl Bar {
             (true, Some(total)) => total,
             _ => done,
         };
-        self.draw(done, total, &words(progress, bytes_total));
+        let mut words = words(progress, bytes_total);
+        words.extend(session.into_iter().flat_map(SessionProgress::words));
+        self.draw(done, total, &words);
     }
 
     fn draw(&self, done: u64, total: Option<u64>, words: &[String]) {

@@ -24,7 +24,9 @@ use xsr_save_restore::migrate::connection::{
     Connection, ConnectionReader, Peer, PipeConnection, TcpConnection, UnixConnection, Wait,
 };
 use xsr_save_restore::migrate::messages::Reason;
-use xsr_save_restore::migrate::session::{KeyDirectory, ServerTls, SessionListener};
+use xsr_save_restore::migrate::session::{
+    KeyDirectory, ServerTls, SessionListener, SessionMonitor,
+};
 
 use crate::args::{ConnectionArgs, Endpoint, MigrateArgs, OfferArgs, TlsArg};
 use crate::exit::BadUsage;
@@ -74,6 +76,8 @@ pub(crate) struct Link {
     child: Option<Child>,
     /// The connection through ssh, if the session has others: it stays open as long as the session.
     pub(crate) beside: Option<Box<dyn Connection>>,
+    /// Tells what the session of a sender carries.
+    pub(crate) monitor: Option<SessionMonitor>,
 }
 
 /// The error for a host whose name the program that reaches it would take as an option.
@@ -97,8 +101,11 @@ impl Link {
             let endpoint = host.strip_prefix("tls:").unwrap_or(host);
             let request = session::request_of_migration(args);
             let made = session::connect(&request, endpoint, directory, limit, interrupt);
-            let connection = made.with_context(|| host.clone())?;
-            return Ok(Self::socket(connection, host.clone()));
+            let session = made.with_context(|| host.clone())?;
+            return Ok(Self {
+                monitor: Some(session.monitor()),
+                ..Self::socket(Box::new(session), host.clone())
+            });
         }
         if !args.session.is_given() {
             return Self::to_receiver(through, host, options, interrupt, limit);
@@ -113,6 +120,7 @@ impl Link {
         };
         let agreed = session::agree(&wanted, link.connection, limit, terminal, interrupt)?;
         Ok(Self {
+            monitor: Some(agreed.session.monitor()),
             connection: Box::new(agreed.session),
             beside: agreed.beside,
             ..link
@@ -168,6 +176,7 @@ impl Link {
             name: rune.to_owned(),
             child: Some(child),
             beside: None,
+            monitor: None,
         })
     }
 
@@ -206,6 +215,7 @@ impl Link {
             name,
             child: None,
             beside: None,
+            monitor: None,
         }
     }
 
@@ -226,6 +236,7 @@ impl Link {
             name: "stdin".to_owned(),
             child: None,
             beside: None,
+            monitor: None,
         })
     }
 

@@ -1,6 +1,8 @@
 //! Progress of a save, restore or migration: a bar on the terminal, JSON lines for a program
 //! (`--progress-fd`, docs/json.md), and requests to interrupt it.
 
+mod meter;
+
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -23,6 +25,8 @@ use crate::left;
 use crate::painter::Painter;
 use crate::stdout::Versioned;
 use crate::terminal::Terminal;
+
+pub(crate) use self::meter::{Meter, SessionProgress, advice};
 
 /// The shortest time between two lines of one phase and pass.
 const BETWEEN: Duration = Duration::from_millis(100);
@@ -63,6 +67,8 @@ struct ProgressLine {
     dirty_pages: Option<u64>,
     estimated_seconds: Option<f64>,
     estimated_downtime_seconds: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    session: Option<SessionProgress>,
 }
 
 impl From<&Progress> for ProgressLine {
@@ -81,6 +87,7 @@ impl From<&Progress> for ProgressLine {
             dirty_pages: progress.dirty_count,
             estimated_seconds: seconds(progress.estimated_time),
             estimated_downtime_seconds: seconds(progress.estimated_downtime),
+            session: None,
         }
     }
 }
@@ -113,6 +120,8 @@ pub(crate) struct Watch {
     interrupt: Interrupt,
     /// When the guest was asked to suspend.
     suspended: Option<Instant>,
+    /// The session of a sender.
+    meter: Option<Meter>,
 }
 
 impl Watch {
@@ -143,7 +152,18 @@ impl Watch {
             lines: arg.progress_fd.map(Lines::open).transpose()?,
             interrupt: catch()?,
             suspended: None,
+            meter: None,
         })
+    }
+
+    /// Show what a session carries, too.
+    pub(crate) fn measure(&mut self, meter: Option<Meter>) {
+        self.meter = meter;
+    }
+
+    /// What the session has carried from its beginning, if there is one.
+    pub(crate) fn session(&self) -> Option<SessionProgress> {
+        self.meter.as_ref().map(Meter::whole)
     }
 
     /// The interrupt of the command.
@@ -172,11 +192,12 @@ impl Watch {
         if self.painter.is_none() && !self.stalled {
             self.painter = Painter::start(&self.terminal, self.what);
         }
+        let session = self.meter.as_mut().map(|meter| meter.look(progress));
         if let Some(painter) = &self.painter {
-            painter.show(progress, self.bytes_total);
+            painter.show(progress, self.bytes_total, session);
         }
         if let Some(lines) = &mut self.lines {
-            lines.progress(progress);
+            lines.progress(progress, session);
         }
         self.interrupt.cancel().check()
     }
@@ -258,7 +279,7 @@ impl Lines {
         })
     }
 
-    fn progress(&mut self, progress: &Progress) {
+    fn progress(&mut self, progress: &Progress, session: Option<SessionProgress>) {
         let now = Instant::now();
         let news = match self.last {
             None => true,
@@ -273,7 +294,11 @@ impl Lines {
         self.last = Some((progress.phase, progress.iteration, now));
         self.flush();
         if news || self.waiting.is_empty() {
-            self.always("progress", About::Progress(progress.into()));
+            let line = ProgressLine {
+                session,
+                ..progress.into()
+            };
+            self.always("progress", About::Progress(line));
         }
     }
 

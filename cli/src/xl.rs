@@ -302,7 +302,9 @@ impl Call {
                 "--live" if name == "save" && value.is_none() => call.live = true,
                 "--page-digests" if name == "save" && value.is_none() => call.page_digests = true,
                 "--force" if call.restores => call.force = true,
-                "--connections" | "--compress" | "--tls" | "--reconnect" if name == "migrate" => {
+                "--connections" | "--compress" | "--tls" | "--reconnect" | "--bandwidth"
+                    if name == "migrate" =>
+                {
                     let value = match value {
                         Some(value) => value.into(),
                         None => rest.next()?.clone(),
@@ -381,8 +383,8 @@ impl Call {
         }
         match &self.words {
             Some(words) if words.names_ssh => Err(Error::new(BadUsage(
-                "-s is taken by `xsr tunnel`, which --connections, --compress, --tls and \
-                 --reconnect need: give `-s 'xsr tunnel -s COMMAND ...'` without them"
+                "-s is taken by `xsr tunnel`, which --connections, --compress, --tls, \
+                 --reconnect and --bandwidth need: give `-s 'xsr tunnel -s COMMAND ...'` without them"
                     .to_owned(),
             ))),
             _ => Ok(()),

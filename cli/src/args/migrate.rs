@@ -18,8 +18,8 @@ use super::{BackendArg, MemorySize, OfferArgs, ProgressArg, SessionArgs, TargetA
 /// while its memory is sent. Then it is suspended, the rest is sent, and it runs on HOST. If
 /// anything fails before that, it runs on here.
 ///
-/// With --connections, --compress, --tls or --reconnect, the two ends exchange keys through ssh and
-/// connect directly. If that is impossible, everything goes through ssh (docs/session.md).
+/// With --connections, --compress, --tls, --reconnect or --bandwidth, the two ends exchange keys
+/// through ssh and connect directly. If that is impossible, everything goes through ssh (docs/session.md).
 ///
 /// If the connection breaks after this host has told HOST to run the domain, but before HOST has
 /// reported that it does, this host cannot know which is true. The domain stays here, suspended,

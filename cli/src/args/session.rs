@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use clap::Args;
 
+use super::MemorySize;
+
 /// The heading in the help.
 const SESSION: &str = "Session";
 
@@ -33,6 +35,9 @@ pub(crate) struct SessionArgs {
     /// Connect again if all connections are lost, for up to S seconds; 0: do not [default: 10]
     #[arg(long, value_name = "S", help_heading = SESSION)]
     pub(crate) reconnect: Option<u32>,
+    /// Send at most RATE a second: a number of MiB, or one with K, M or G; at least 1M
+    #[arg(long, value_name = "RATE", help_heading = SESSION)]
+    pub(crate) bandwidth: Option<BandwidthArg>,
 }
 
 impl SessionArgs {
@@ -42,6 +47,7 @@ impl SessionArgs {
             || self.compress.is_some()
             || self.tls.is_some()
             || self.reconnect.is_some()
+            || self.bandwidth.is_some()
     }
 }
 
@@ -87,6 +93,24 @@ impl FromStr for CompressArg {
             _ => {
                 Err("expected auto, none, zstd or zstd:LEVEL with a level from 1 to 19".to_owned())
             }
+        }
+    }
+}
+
+/// A rate in bytes a second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BandwidthArg(pub(crate) u64);
+
+impl FromStr for BandwidthArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let size: MemorySize = text.strip_suffix("/s").unwrap_or(text).parse()?;
+        match size.kib << 10 {
+            bytes if bytes < 1 << 20 => {
+                Err("expected at least 1M: an end that hears less gives up".to_owned())
+            }
+            bytes => Ok(Self(bytes)),
         }
     }
 }
@@ -139,6 +163,12 @@ mod tests {
         assert_eq!("auto".parse(), Ok(CompressArg::Auto));
         for bad in ["", "zstd:", "zstd:0", "zstd:20", "lz4"] {
             assert!(bad.parse::<CompressArg>().is_err(), "{bad} was taken");
+        }
+        for (text, bytes) in [("1", 1 << 20), ("1024K/s", 1 << 20), ("2G", 2 << 30)] {
+            assert_eq!(text.parse(), Ok(BandwidthArg(bytes)), "{text}");
+        }
+        for bad in ["", "0", "1023K", "1020K", "fast"] {
+            assert!(bad.parse::<BandwidthArg>().is_err(), "{bad} was taken");
         }
         assert_eq!("off".parse(), Ok(TlsArg::Off));
         assert_eq!("/a".parse(), Ok(TlsArg::Directory("/a".into())));

@@ -48,7 +48,7 @@ pub(crate) struct TunnelArgs {
     #[arg(
         long,
         value_name = "COMMAND",
-        conflicts_with_all = ["ssh", "remote", "connections", "compress", "tls", "reconnect"],
+        conflicts_with_all = ["ssh", "remote", "connections", "compress", "tls", "reconnect", "bandwidth"],
         help_heading = "Other end"
     )]
     pub(crate) serve: Option<String>,

@@ -23,7 +23,7 @@ use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 use xsr_xen_backend::{DomId, Domain};
 
-use crate::args::{Backend, MigrateArgs};
+use crate::args::{Backend, CompressArg, MigrateArgs, SessionArgs};
 use crate::backend::workload;
 use crate::backend::{self, Found, Hypervisor, name_of};
 use crate::cmd::save::direct;
@@ -34,7 +34,7 @@ use crate::left::{self, Left};
 use crate::stdout;
 use crate::terminal::Terminal;
 use crate::transport::Link;
-use crate::watch::Watch;
+use crate::watch::{Meter, SessionProgress, Watch, advice};
 
 /// The suffix of the name of a domain that the destination has been told to run. As in xl.
 pub(crate) const MIGRATED_AWAY_SUFFIX: &str = "--migratedaway";
@@ -56,6 +56,8 @@ struct MigrateReport<'a> {
     memory: MemoryReport,
     downtime_seconds: f64,
     seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    session: Option<SessionProgress>,
 }
 
 /// Migrate a domain.
@@ -126,7 +128,9 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
             false => sender.failed(Failure::Here(exit::words(error.chain())), ""),
         },
     )?;
+    watch.measure(link.monitor.clone().map(Meter::new));
     let sent = sender.send(&*link.connection, watch);
+    let session = watch.session();
     watch.clear();
     drop(working);
     let sent = sent.map_err(|failure| match failure {
@@ -145,6 +149,9 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         args.host,
         downtime * 1000.0
     ));
+    if let Some(session) = &session {
+        terminal.note(&carried(session, &args.session));
+    }
     if args.json {
         let document = MigrateReport {
             name: sender.name,
@@ -154,6 +161,7 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
             memory,
             downtime_seconds: downtime,
             seconds,
+            session,
         };
         stdout::report(
             terminal,
@@ -162,6 +170,14 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         );
     }
     Ok(Code::Fine)
+}
+
+/// What a session has carried, what has limited it, and what may help.
+fn carried(session: &SessionProgress, asked: &SessionArgs) -> String {
+    let compresses = !matches!(asked.compress, None | Some(CompressArg::None));
+    let advice = advice(session.limited_by, compresses, asked.bandwidth.is_some());
+    let advice = advice.map_or_else(String::new, |advice| format!("; {advice}"));
+    format!("the session: {}{advice}", session.words().join(", "))
 }
 
 /// Refuse a domain that cannot be asked to suspend now.

@@ -47,14 +47,18 @@ pub(crate) fn request_of_migration(args: &MigrateArgs) -> SessionRequest {
 /// What the options of a session ask.
 pub(crate) fn request(session: &SessionArgs) -> SessionRequest {
     let seconds = session.reconnect.unwrap_or(RECONNECT);
-    SessionRequest::new()
+    let request = SessionRequest::new()
         .links(session.connections.unwrap_or(1))
         .reconnect(Duration::from_secs(seconds.into()))
         .compression(match session.compress {
             None | Some(CompressArg::None) => Compression::None,
             Some(CompressArg::Auto) => Compression::Auto,
             Some(CompressArg::Zstd(level)) => Compression::Zstd(level),
-        })
+        });
+    match session.bandwidth {
+        Some(bandwidth) => request.bandwidth(bandwidth.0),
+        None => request,
+    }
 }
 
 /// What a receiver takes: as long as the sender wants, but no longer than it waits for an answer.
@@ -73,7 +77,7 @@ pub(crate) fn check(args: &MigrateArgs) -> Result<()> {
         args.connection.ssh == "ssh" && ["unix:", "tcp:"].iter().any(|p| args.host.starts_with(p));
     if args.session.is_given() && on_socket {
         return Err(usage(
-            "--connections, --compress, --tls and --reconnect need a host name, or \
+            "--connections, --compress, --tls, --reconnect and --bandwidth need a host name, or \
              tls:ADDRESS:PORT",
         ));
     }
@@ -110,15 +114,14 @@ pub(crate) fn connect(
     directory: &Path,
     limit: Duration,
     interrupt: &Interrupt,
-) -> Result<Box<dyn Connection>> {
+) -> Result<Session> {
     let (name, _) = endpoint.rsplit_once(':').unwrap_or((endpoint, ""));
     let name = name.trim_start_matches('[').trim_end_matches(']');
     let tls = KeyDirectory::open(directory)?.client(name)?;
     let address = endpoint.to_owned();
     let addresses = interrupt.wait_for(limit, move || Ok(address.to_socket_addrs()?.collect()))?;
     let dial = Arc::new(TcpDial::new(addresses, tls));
-    let session = request.connect(dial, limit, interrupt.cancel())?;
-    Ok(Box::new(session))
+    Ok(request.connect(dial, limit, interrupt.cancel())?)
 }
 
 /// Binds the receiver's end of `tls:ADDRESS:PORT`.

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
@@ -46,6 +47,45 @@ fn the_ends_agree_on_a_session_through_the_command_and_connect_directly() {
         );
         assert_eq!(hosts.domains(), ARRIVED, "{options:?}");
     }
+}
+
+/// 8 MiB at 4 MiB/s.
+#[test]
+fn a_session_keeps_to_its_bandwidth_and_says_what_it_carries() {
+    let hosts = Hosts::with("pvh", &[]);
+    let there = receiver(&hosts, "--listen-address 127.0.0.1");
+    let backend = backend(&hosts.here);
+    let args = ["migrate", &backend, "-s", "", "web", &there, "--json"];
+    let session = [
+        "--connections",
+        "2",
+        "--bandwidth",
+        "4M",
+        "--progress-fd",
+        "2",
+    ];
+    let begun = Instant::now();
+    let ran = run(args.iter().chain(&session)).code(0);
+    assert!(begun.elapsed() > Duration::from_millis(1500));
+    assert_eq!(hosts.domains(), ARRIVED);
+    let whole = &ran.json()["session"];
+    assert_eq!(whole["connections"], 2, "{whole}");
+    assert!(whole["limited_by"].is_string(), "{whole}");
+    assert!(whole["wire_bytes"].as_u64().unwrap() > 8 << 20, "{whole}");
+    let lines = ran.stderr.lines().filter(|line| line.starts_with('{'));
+    let lines = lines.map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let last = lines
+        .filter(|line| line["event"] == "progress")
+        .last()
+        .unwrap();
+    assert!(
+        last["session"]["wire_bytes_per_second"].as_f64().unwrap() > 0.0,
+        "{last}"
+    );
+    assert!(
+        last["session"]["compression_ratio"].as_f64().unwrap() > 0.9,
+        "{last}"
+    );
 }
 
 #[test]

@@ -13,10 +13,12 @@
 //! | `tcp.rs` | links over TCP |
 //! | `compress.rs` | compression, and when it is worth its time |
 //! | `link.rs` | the two threads of a link |
+//! | `figures.rs` | what it has carried, and what limits it |
 //! | `make.rs` | how the two ends make a session and take up a link again |
 
 mod compress;
 mod directory;
+mod figures;
 mod frame;
 mod incoming;
 mod link;
@@ -29,7 +31,7 @@ mod wire;
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,6 +46,8 @@ use crate::progress::Cancel;
 pub use compress::Compression;
 use compress::Policy;
 pub use directory::KeyDirectory;
+use figures::Carried;
+pub use figures::{SessionFigures, SessionLimit, SessionMonitor};
 pub use make::{Dial, Server, SessionError, SessionRequest};
 use state::{LINGER, Over, State};
 pub use tcp::{SessionListener, TcpDial};
@@ -68,15 +72,6 @@ struct Shared {
     made: Instant,
     policy: Policy,
     carried: Carried,
-}
-
-/// What was sent, in bytes.
-#[derive(Debug, Default)]
-struct Carried {
-    /// On the links, before TLS.
-    wire: AtomicU64,
-    /// Of the stream; what was sent twice counts twice.
-    stream: AtomicU64,
 }
 
 impl Shared {
@@ -173,7 +168,12 @@ impl Connection for Session {
             if let Some(over) = state.over() {
                 return Err(lost(over));
             }
+            // An answer to what has not arrived yet cannot come.
+            let (by_links, since) = (!state.out.has_arrived(), Instant::now());
             state = self.pause(state, &limit, wait, false)?;
+            if by_links {
+                self.shared.carried.held(false, since.elapsed());
+            }
         }
     }
 
@@ -224,7 +224,9 @@ impl Connection for Session {
                 wait.count(taken);
                 return Ok(taken);
             }
+            let (by_peer, since) = (state.out.has_arrived(), now);
             state = self.pause(state, &limit, wait, true)?;
+            self.shared.carried.held(by_peer, since.elapsed());
         }
     }
 

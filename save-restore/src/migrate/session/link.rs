@@ -2,7 +2,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Instant;
 
@@ -127,10 +126,11 @@ impl Link {
                 if !state.has(self.id) {
                     return;
                 }
-                match state.job(self.id, Instant::now()) {
+                let now = Instant::now();
+                match state.job(self.id, now) {
                     Some(job) => break job,
                     None => {
-                        let pause = state.pause();
+                        let pause = state.pause(now);
                         state = self.shared.wait(&self.shared.links, state, pause);
                     }
                 }
@@ -138,6 +138,7 @@ impl Link {
             let over = state.over().is_some();
             drop(state);
             bytes.clear();
+            let packed = Instant::now();
             self.frame_of(&job, &mut compressor).write(&mut bytes);
             let aborts = matches!(job, Job::Abort);
             let begun = Instant::now();
@@ -145,15 +146,13 @@ impl Link {
                 return self.lose(&words(&error));
             }
             if let Job::Chunk(_, piece) = &job {
-                self.shared.policy.written(bytes.len(), begun.elapsed());
-                let stream = piece.len() as u64;
-                self.shared
-                    .carried
-                    .stream
-                    .fetch_add(stream, Ordering::Relaxed);
+                let writing = begun.elapsed();
+                self.shared.policy.written(bytes.len(), writing);
+                let carried = &self.shared.carried;
+                carried.chunk(piece.len(), begun - packed, writing);
+                self.shared.lock().sent(bytes.len(), Instant::now());
             }
-            let wire = bytes.len() as u64;
-            self.shared.carried.wire.fetch_add(wire, Ordering::Relaxed);
+            self.shared.carried.wrote(bytes.len());
             // After an abort the peer closes the link; what it has sent may still be read, unless
             // the session is over.
             if aborts && over {

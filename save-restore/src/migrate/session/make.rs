@@ -10,11 +10,12 @@ use ring::rand::{SecureRandom as _, SystemRandom};
 use thiserror::Error;
 
 use super::compress::{Compression, Policy};
+use super::figures::Carried;
 use super::frame::{Answer, Hello, Malformed, Purpose, SLOTS, Token, WINDOW, Welcome};
 use super::link;
 use super::state::{Limits, SILENCE_FOR_GOOD, State};
 use super::wire::{Inbox, Wire};
-use super::{Carried, Session, Shared};
+use super::{Session, Shared};
 use crate::migrate::connection::{ConnectionError, Wait};
 use crate::progress::Cancel;
 
@@ -86,6 +87,7 @@ pub struct SessionRequest {
     token: Option<Token>,
     compression: Compression,
     most: u64,
+    rate: Option<u64>,
 }
 
 impl Default for SessionRequest {
@@ -110,7 +112,16 @@ impl SessionRequest {
             token: None,
             compression: Compression::None,
             most: WINDOW,
+            rate: None,
         }
+    }
+
+    /// Sends no more than so many bytes a second, over all links together. A peer that hears too
+    /// little takes the session for lost, so this is at least 1 MiB.
+    #[must_use]
+    pub fn bandwidth(mut self, bytes_per_second: u64) -> Self {
+        self.rate = Some(bytes_per_second.max(1 << 20));
+        self
     }
 
     /// Compresses what this end sends.
@@ -215,8 +226,12 @@ impl SessionRequest {
 
 impl Shared {
     fn new(request: &SessionRequest) -> Arc<Self> {
+        let mut state = State::new(request.limits(), request.most, Instant::now());
+        if let Some(rate) = request.rate {
+            state.limit_rate(rate, Instant::now());
+        }
         Arc::new(Self {
-            state: Mutex::new(State::new(request.limits(), request.most, Instant::now())),
+            state: Mutex::new(state),
             policy: Policy::new(request.compression),
             carried: Carried::default(),
             process: Condvar::new(),
@@ -524,12 +539,5 @@ impl Session {
     /// The number of links that it has now.
     pub fn links(&self) -> usize {
         self.shared.lock().links()
-    }
-
-    /// The bytes that this end has written to its links, and the bytes that they stand for.
-    pub fn sent(&self) -> (u64, u64) {
-        let carried = &self.shared.carried;
-        let now = |of: &std::sync::atomic::AtomicU64| of.load(std::sync::atomic::Ordering::Relaxed);
-        (now(&carried.wire), now(&carried.stream))
     }
 }

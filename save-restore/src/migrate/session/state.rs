@@ -85,6 +85,17 @@ pub(super) enum Job {
     Abort,
 }
 
+/// A link that wakes up so much late may make up for it.
+const LATE: Duration = Duration::from_millis(20);
+
+/// How much may be sent, over all links together.
+#[derive(Clone, Copy, Debug)]
+struct Rate {
+    bytes_per_second: u64,
+    /// No chunk is sent before this.
+    from: Instant,
+}
+
 /// How this end leaves the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Leaving {
@@ -118,6 +129,7 @@ pub(super) struct State {
     /// What was acknowledged last, and since when there has been more to acknowledge.
     said: (u64, u64),
     unsaid: Option<Instant>,
+    rate: Option<Rate>,
 }
 
 impl State {
@@ -139,6 +151,24 @@ impl State {
             leaving: None,
             said: (0, 0),
             unsaid: None,
+            rate: None,
+        }
+    }
+
+    /// From now on links send no more chunks than this.
+    pub(super) fn limit_rate(&mut self, bytes_per_second: u64, now: Instant) {
+        self.rate = Some(Rate {
+            bytes_per_second,
+            from: now,
+        });
+    }
+
+    /// A chunk was sent, in so many bytes.
+    pub(super) fn sent(&mut self, bytes: usize, now: Instant) {
+        if let Some(rate) = &mut self.rate {
+            let takes = Duration::from_secs_f64(bytes as f64 / rate.bytes_per_second as f64);
+            let late = now.checked_sub(LATE).unwrap_or(now);
+            rate.from = rate.from.max(late) + takes;
         }
     }
 
@@ -456,7 +486,11 @@ impl State {
             self.wrote(id, now);
             return Some(Job::Acknowledge { received, read });
         }
-        if carries && let Some((number, piece)) = self.out.take(id) {
+        let due = self.rate.is_none_or(|rate| now >= rate.from);
+        if carries
+            && due
+            && let Some((number, piece)) = self.out.take(id)
+        {
             self.wrote(id, now);
             return Some(Job::Chunk(number, piece));
         }
@@ -494,10 +528,14 @@ impl State {
     }
 
     /// How long a link with nothing to send may wait.
-    pub(super) fn pause(&self) -> Duration {
-        match self.unsaid {
+    pub(super) fn pause(&self, now: Instant) -> Duration {
+        let pause = match self.unsaid {
             Some(_) => ACKNOWLEDGE,
             None => ALIVE / 4,
+        };
+        match self.rate {
+            Some(rate) if rate.from > now => pause.min(rate.from - now),
+            _ => pause,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use super::super::frame::WINDOW;
+use super::super::frame::{CHUNK, WINDOW};
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -288,4 +288,31 @@ fn a_link_that_is_not_of_the_session_changes_nothing() {
     assert_eq!(state.over(), None);
     state.acknowledged(9, 9, new);
     assert_eq!(state.over(), Some(&Over::Malformed(Malformed::NotSent(9))));
+}
+
+/// All links together send no faster than the rate.
+#[test]
+fn a_chunk_waits_for_the_rate() {
+    let (mut state, links, now) = state(10, 2);
+    state.limit_rate(1 << 20, now);
+    assert_eq!(state.out.write(&[7; 3 * CHUNK]), 3 * CHUNK);
+    let take = |state: &mut State, link: LinkId, now| match state.job(link, now) {
+        Some(Job::Chunk(number, _)) => {
+            state.sent(CHUNK, now);
+            Some(number)
+        }
+        _ => None,
+    };
+    assert_eq!(take(&mut state, links[0], now), Some(0));
+    let eighth = SECOND / 8;
+    for link in &links {
+        assert_eq!(take(&mut state, *link, now + eighth - SECOND / 100), None);
+    }
+    assert!(state.pause(now) <= eighth);
+    assert_eq!(take(&mut state, links[1], now + eighth), Some(1));
+    assert_eq!(take(&mut state, links[0], now + eighth), None);
+    // What was not used is lost.
+    let later = now + SECOND * 2;
+    assert_eq!(take(&mut state, links[0], later), Some(2));
+    assert!(state.pause(later) > eighth - LATE * 2);
 }

@@ -82,8 +82,7 @@ fn much_arrives_over_tls_as_it_was() {
     super::cut::carried(&client, &server, &bytes, || {});
     super::cut::carried(&server, &client, &bytes, || {});
     // No link was lost.
-    let (_, stream) = client.sent();
-    assert_eq!(stream, 64 << 20);
+    assert_eq!(client.monitor().figures().stream_bytes, 64 << 20);
 }
 
 /// A client that sends a byte now and then, before the handshake and after it, gets no longer than
@@ -137,11 +136,11 @@ fn zeroes_and_text_are_sent_as_less_than_they_are() {
     let (client, server) = Listening::new(&request, server).pair(&request, client);
     let zeroes = vec![0; 8 << 20];
     super::cut::carried(&client, &server, &zeroes, || {});
-    let (wire, stream) = client.sent();
-    assert!(wire < stream / 1000, "{wire} of {stream}");
+    let sent = client.monitor().figures();
+    assert!(sent.wire_bytes < sent.stream_bytes / 1000, "{sent:?}");
     super::cut::carried(&client, &server, &pattern(8 << 20), || {});
-    let (wire, stream) = client.sent();
-    assert!(wire < stream / 10, "{wire} of {stream}");
+    let sent = client.monitor().figures();
+    assert!(sent.wire_bytes < sent.stream_bytes / 10, "{sent:?}");
 }
 
 #[test]
