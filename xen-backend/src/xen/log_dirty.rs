@@ -15,7 +15,7 @@ use zerocopy::FromZeros;
 use super::{Log, XenDomain, sys};
 use crate::error::BackendError;
 use crate::privcmd::CallBuffer;
-use crate::{DirtyBitmap, DirtyRead, DirtyStats, DomainControl, LogDirty};
+use crate::{DirtyBitmap, DirtyRead, DirtyStats, DomainControl, GuestKind, LogDirty};
 
 const OP: &str = "shadow_op";
 
@@ -71,7 +71,13 @@ impl LogDirty for XenDomain {
             }
             Err(_) => None,
         };
-        result
+        result.map_err(|error| match error.errno {
+            Errno::EOPNOTSUPP if self.kind == GuestKind::Pv => error.explained(
+                "this Xen is built without shadow paging, which the dirty log of a PV guest needs; \
+                 the guest cannot be saved or sent while it runs, only suspended",
+            ),
+            _ => error,
+        })
     }
 
     fn disable_log_dirty(&self) -> Result<(), BackendError> {

@@ -106,6 +106,26 @@ fn what_stands_in_the_way_is_named() {
     open(Obstacles::default()).unwrap();
 }
 
+/// As Debian's.
+#[test]
+fn a_xen_without_shadow_paging_is_named() {
+    let config = HostConfig {
+        shadow_paging: false,
+        ..HostConfig::default()
+    };
+    let machine = MockHost::ephemeral(&config).unwrap();
+    let guest = GuestSpec::new("web", GuestKind::Pv, 8);
+    let domid = machine.create_guest(&guest).unwrap();
+    let face = Face::new(&machine);
+    let host = XenHost::over(Arc::new(face.clone()), Box::new(face)).unwrap();
+    let error = host.domain(domid).unwrap().enable_log_dirty().unwrap_err();
+    assert_eq!(error.errno, Errno::EOPNOTSUPP);
+    assert!(
+        error.to_string().contains("without shadow paging"),
+        "{error}"
+    );
+}
+
 #[test]
 fn frames_that_are_paged_out_are_asked_for_again() {
     let machine = machine(17);
