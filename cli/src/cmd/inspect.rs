@@ -186,6 +186,7 @@ impl Inspection {
 
     fn xl(&mut self, header: &XlHeader) {
         let json = header.json().ok().flatten();
+        let host_uses = json.map(host::uses).unwrap_or_default();
         self.report.xl = Some(XlReport {
             byte_order: order(header.byte_order()),
             mandatory_flags: header.mandatory_flags(),
@@ -194,7 +195,8 @@ impl Inspection {
             config: json
                 .filter(|json| json.len() <= MOST_SHOWN)
                 .and_then(|json| serde_json::from_str(json).ok()),
-            host_uses: json.map(host::uses).unwrap_or_default(),
+            host_uses: host_uses.listed,
+            host_uses_left_out: host_uses.left_out,
         });
         if let Some(origin) = Origin::of_xl(header) {
             self.report.said_by(&origin);

@@ -51,15 +51,18 @@ pub(crate) fn print(report: &InspectReport, width: usize, out: &mut dyn Write) -
 }
 
 fn host_uses(report: &InspectReport, width: usize, out: &mut dyn Write) -> io::Result<()> {
-    let uses = report.xl.as_ref().map_or(&[][..], |xl| &xl.host_uses);
-    if uses.is_empty() {
+    let Some(xl) = report.xl.as_ref().filter(|xl| !xl.host_uses.is_empty()) else {
         return Ok(());
-    }
+    };
     writeln!(out, "\nWhat a restore has the host do, as root")?;
-    for one in uses {
+    for one in &xl.host_uses {
         let (field, value) = (shown(&one.field), shown_value(&one.value));
         let line = format!("{} {value} ({field})", one.what);
         writeln!(out, "{}", wrapped("  ", &line, " ", "    ".len(), width))?;
+    }
+    if xl.host_uses_left_out > 0 {
+        let more = Count(xl.host_uses_left_out, "more use");
+        writeln!(out, "  {more}, left out")?;
     }
     Ok(())
 }

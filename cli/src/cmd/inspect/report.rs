@@ -118,6 +118,9 @@ pub(crate) struct XlReport {
     /// What the configuration has the host run or open.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) host_uses: Vec<HostUse>,
+    /// How many more of these there are.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) host_uses_left_out: u64,
 }
 
 /// The libxl stream's header.
