@@ -458,7 +458,12 @@ fn converted(source: Source, options: LegacyOptions, layers: &mut Vec<String>) -
         },
         reader.start().width
     ));
-    let spool = tempfile::tempfile().context("making a temporary file for checkpoints")?;
+    let spool = tempfile::tempfile().with_context(|| {
+        format!(
+            "making a temporary file for checkpoints in {} (TMPDIR names another directory)",
+            std::env::temp_dir().display()
+        )
+    })?;
     let converted = Converted::new(reader, Target::Libxl, Some(Box::new(spool)))?;
     Ok(Box::new(Noted(converted, |converted| {
         Some(converted.summary())

@@ -64,8 +64,15 @@ impl Kept {
 impl Write for Kept {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut parts = self.parts();
-        let named =
-            |e: io::Error| io::Error::new(e.kind(), format!("writing a temporary file: {e}"));
+        let named = |error: io::Error| {
+            let place = std::env::temp_dir();
+            let words = format!(
+                "writing a temporary file in {} for records of the image (TMPDIR names another \
+                 directory): {error}",
+                place.display()
+            );
+            io::Error::new(error.kind(), words)
+        };
         if parts.spool.is_none() {
             parts.spool = Some(tempfile::tempfile().map_err(named)?);
         }

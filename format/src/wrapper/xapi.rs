@@ -243,7 +243,7 @@ impl<R: Read> XapiSource<R> {
 
     /// Copies the bodies of records that have no place in a libxl stream
     /// ([`XapiKind::is_device_state`]) to `aside`, one after the other. [`records`](Self::records)
-    /// has their lengths.
+    /// has their lengths. There is one of each type at most, of at most 128 MiB.
     #[must_use]
     pub fn copying_aside(self, aside: Box<dyn Write + Send>) -> Self {
         Self {
@@ -330,6 +330,8 @@ impl<R: Read> XapiSource<R> {
         if self.records.len() >= MAX_RECORDS {
             return Err(XapiError::TooMany { max: MAX_RECORDS }.into());
         }
+        // A caller that keeps these bodies has room for one of each type.
+        let repeated = self.records.iter().any(|record| record.kind == kind);
         self.records.push(XapiRecord {
             kind,
             offset,
@@ -355,6 +357,9 @@ impl<R: Read> XapiSource<R> {
             XapiKind::END_OF_IMAGE => {
                 self.libxl_header(LibxlRecordKind::END, 0);
                 self.stage = Stage::Done;
+            }
+            kind if kind.is_device_state() && repeated => {
+                return Err(XapiError::RepeatedState { kind }.into());
             }
             kind if kind.name().is_none() => return Err(XapiError::Unknown { kind }.into()),
             kind => self.blob(kind, length)?,

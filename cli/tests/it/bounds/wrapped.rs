@@ -162,6 +162,7 @@ fn record(out: &mut BufWriter<File>, kind: u64, bytes: u64) {
     out.write_all(&bytes.to_le_bytes()).unwrap();
 }
 
+const DESCRIPTION: u64 = 0xf;
 const QEMU: u64 = 0xf01;
 const UEFI_VARIABLES: u64 = 0xf11;
 
@@ -179,7 +180,16 @@ fn long_and_many_records_of_xapi() {
     few("xapi-many", 2, PAGES, |path| {
         xapi(path, |out| {
             for _ in 0..3_000_000 {
-                record(out, UEFI_VARIABLES, 0);
+                record(out, DESCRIPTION, 0);
+            }
+        });
+    });
+    // Nothing of the second is kept.
+    few("xapi-repeated", 2, PAGES, |path| {
+        xapi(path, |out| {
+            for _ in 0..2 {
+                record(out, UEFI_VARIABLES, 120 << 20);
+                hole(out, 120 << 20);
             }
         });
     });

@@ -96,6 +96,43 @@ fn a_suspend_image_of_xapi_is_written_with_every_record() {
     assert!(filtered.stdout == fs::read(&out).unwrap());
 }
 
+/// The records that are kept meanwhile need room in a temporary file: the image is not to blame if
+/// there is none.
+#[test]
+fn a_directory_for_temporary_files_without_room_is_named() {
+    let dir = scratch();
+    let at = |name: &str| dir.path().join(name);
+    let libxc = layer(&dir, "tpv", "libxc");
+    let mut image = b"XenSavedDomv2-\n".to_vec();
+    for (kind, body) in [
+        (LIBXC, fs::read(libxc).unwrap()),
+        (VARSTORED, vec![0; 24 << 20]),
+        (END, Vec::new()),
+    ] {
+        let told = if kind == LIBXC { 0 } else { body.len() as u64 };
+        image.extend([kind.to_le_bytes(), told.to_le_bytes()].concat());
+        image.extend(body);
+    }
+    fs::write(at("suspend"), image).unwrap();
+    let mut limited = std::process::Command::new("bash");
+    // In units of 1024 bytes.
+    let script = "ulimit -f 16384; exec \"$0\" convert --to xapi suspend -o out";
+    limited
+        .args(["-c", script, env!("CARGO_BIN_EXE_xsr")])
+        .env("TMPDIR", dir.path())
+        .current_dir(dir.path());
+    let ended = limited.output().unwrap();
+    let said = String::from_utf8(ended.stderr).unwrap();
+    let place = format!("writing a temporary file in {}", dir.path().display());
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains(&place) && said.contains("TMPDIR names another"),
+        "{said}"
+    );
+    assert!(said.contains("File too large"), "{said}");
+    assert!(!at("out").exists());
+}
+
 /// Adds the records of an emulator, as libxl writes them, before the END of an xl image.
 fn with_emulator(image: &Path) {
     let mut bytes = fs::read(image).unwrap();

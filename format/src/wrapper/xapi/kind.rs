@@ -114,6 +114,12 @@ pub enum XapiError {
         /// The record.
         kind: XapiKind,
     },
+    /// A second record with the state of the same device.
+    #[error("{kind} although a record of this type came before")]
+    RepeatedState {
+        /// The record.
+        kind: XapiKind,
+    },
     /// The legacy stream of an HVM guest is not followed by a device model's state.
     #[error(
         "device model's signature is {:?}, expected {:?}",

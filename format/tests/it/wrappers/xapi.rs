@@ -2,7 +2,47 @@
 
 use std::io::Read;
 
-use xsr_format::wrapper::xapi::{MAGIC, XapiKind, XapiSource};
+use xsr_format::error::{ReadError, ReadErrorCause};
+use xsr_format::wrapper::xapi::{MAGIC, XapiError, XapiKind, XapiSource};
+
+/// A caller that keeps them needs room for one of each type.
+#[test]
+fn the_state_of_a_device_comes_once() {
+    let records = |kinds: &[XapiKind]| {
+        let mut image = MAGIC.to_vec();
+        for kind in kinds {
+            for word in [kind.0, 3] {
+                image.extend(word.to_le_bytes());
+            }
+            image.extend(b"abc");
+        }
+        image
+    };
+    let failed = |kinds: &[XapiKind]| {
+        let image = records(kinds);
+        let mut source = XapiSource::behind(&[], &image[..]).unwrap();
+        let error = source.read_to_end(&mut Vec::new()).unwrap_err();
+        let error = error.into_inner().unwrap().downcast::<ReadError>().unwrap();
+        error.cause
+    };
+    let states = [
+        XapiKind::DEMU,
+        XapiKind::VARSTORED,
+        XapiKind::SWTPM0,
+        XapiKind::SWTPM,
+    ];
+    // One of each: the image ends then, where the next record is due.
+    let ends = failed(&states);
+    assert!(
+        matches!(ends, ReadErrorCause::Truncated { needed: 16 }),
+        "{ends:?}"
+    );
+    for kind in states {
+        let cause = failed(&[kind, XapiKind::XENOPS, kind]);
+        let repeated = ReadErrorCause::from(XapiError::RepeatedState { kind });
+        assert_eq!(cause.to_string(), repeated.to_string());
+    }
+}
 
 /// An image that ends inside an emulator's state, whose padding is then never due.
 #[test]
