@@ -31,23 +31,27 @@ pub(crate) fn config_of(header: &XlHeader) -> Result<Option<(&str, Config)>, Bad
     };
     let config = Config::parse(json)?;
     check_name(&config.name)?;
-    check_uuid(config.uuid.as_deref())?;
+    check_uuid(config.uuid.as_deref(), UUID_OF_IMAGE)?;
     Ok(Some((json, config)))
 }
 
-/// Checks that a domain can have the UUID of a configuration, if it has one.
+/// What to do about the UUID in an image's configuration.
+pub(crate) const UUID_OF_IMAGE: &str = "give it another with xsr edit --uuid";
+
+/// Checks that a domain can have the UUID of a configuration, if it has one. The error ends with
+/// the advice.
 ///
 /// # Errors
 ///
 /// It cannot.
-pub(crate) fn check_uuid(uuid: Option<&str>) -> Result<(), BadImage> {
+pub(crate) fn check_uuid(uuid: Option<&str>, advice: &str) -> Result<(), BadImage> {
     let Some((uuid, why)) = uuid.and_then(|uuid| Some((uuid, config::wrong_with_uuid(uuid)?)))
     else {
         return Ok(());
     };
     let shown: String = uuid.chars().take(64).collect();
     Err(BadImage(format!(
-        "no domain can have the UUID {shown:?}: {why}; give it another with xsr edit --uuid"
+        "no domain can have the UUID {shown:?}: {why}; {advice}"
     )))
 }
 
@@ -65,11 +69,13 @@ pub(crate) fn check_origin(origin: &Origin, guest_type: GuestType) -> Result<(),
     if let Some(name) = &origin.name {
         check_name(name)?;
     }
-    let Some(kind) = origin.kind else {
-        return Ok(());
-    };
+    let is_pv = guest_type == GuestType::X86_PV;
+    let kind = origin.kind.unwrap_or(match is_pv {
+        true => GuestKind::Pv,
+        false => GuestKind::Hvm,
+    });
     check_vcpus(origin.vcpus.unwrap_or(0), kind)?;
-    match (guest_type == GuestType::X86_PV) == (kind == GuestKind::Pv) {
+    match is_pv == (kind == GuestKind::Pv) {
         true => Ok(()),
         false => Err(other_kind(origin, kind, guest_type)),
     }

@@ -115,7 +115,10 @@ fn given(path: &Path) -> Result<Given> {
     let text = text.trim_end_matches('\0');
     if text.trim_start().starts_with('{') {
         Config::parse(text)
-            .and_then(|config| verdict::check_uuid(config.uuid.as_deref()))
+            .and_then(|config| {
+                let advice = "correct c_info.uuid in that file";
+                verdict::check_uuid(config.uuid.as_deref(), advice)
+            })
             .map_err(|e| Error::new(BadUsage(format!("{name}: {e}"))))?;
         return Ok(Given::Json(text.to_owned()));
     }
@@ -325,7 +328,7 @@ impl RestorePlan {
         let config = Config::parse(json)?;
         let is_clone = (overrides.name.as_ref()).is_some_and(|name| *name != config.name);
         if !is_clone {
-            verdict::check_uuid(config.uuid.as_deref())?;
+            verdict::check_uuid(config.uuid.as_deref(), verdict::UUID_OF_IMAGE)?;
         }
         let mut plan = Self {
             json: json.to_owned(),

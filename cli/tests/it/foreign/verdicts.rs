@@ -71,6 +71,10 @@ fn a_name_and_a_type_of_another_toolstack_are_part_of_the_verdict() {
             "says that the guest is hvm, but the image is of an x86 PV guest",
         );
     }
+    // Without a type, the stream's counts.
+    let file = wrapped(&dir, "libvirt", &["--vcpus", "8193"]).unwrap();
+    changed(&file, "<type>xen</type>", "<tipe>xen</tipe>");
+    bad(&file, "a pv guest has at most 8192");
     let file = wrapped(&dir, "libvirt", &[]).unwrap();
     changed(&file, "</name>", "<!name>");
     bad(&file, "could not be understood: it ");

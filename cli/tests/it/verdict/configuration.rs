@@ -85,6 +85,7 @@ fn an_uuid_that_no_domain_can_have_is_bad() {
     for (n, (wrong, words)) in cases.into_iter().enumerate() {
         with_config(&file, uuid, wrong);
         both_say(&file, words);
+        both_say(&file, "xsr edit --uuid");
         // A clone gets a new one.
         let host = backend(&dir.path().join("host"));
         run(["restore", "--name", &format!("clone{n}"), &host, arg(&file)]).code(0);
@@ -92,7 +93,9 @@ fn an_uuid_that_no_domain_can_have_is_bad() {
         let text = run(["cat", "--layer", "config", arg(&file)]).code(0).stdout;
         fs::write(&config, text).unwrap();
         let line = ["restore", &host, arg(&config), arg(&good)];
-        run(line).code(64).stderr_has(words);
+        let ran = run(line).code(64).stderr_has(words);
+        let ran = ran.stderr_has("correct c_info.uuid in that file");
+        assert!(!ran.stderr.contains("xsr edit"), "{ran:?}");
     }
 }
 
