@@ -16,7 +16,7 @@ use xsr_save_restore::storage::StorageCursor;
 
 use crate::exit::{self, BadImage};
 use crate::file::Input;
-use crate::image::At;
+use crate::image::{At, FileStep};
 use crate::text::Count;
 
 /// A reader of an image with its own position.
@@ -30,13 +30,28 @@ pub(crate) fn own_position(image: &StorageCursor) -> io::Result<StorageCursor> {
         .ok_or_else(|| io::ErrorKind::NotSeekable.into())
 }
 
-/// The index of an image; `None` if it need not have one.
+/// The index of an image; `None` if it need not have one. It has been compared with the heads of
+/// all records, so it does not say anything else than the stream.
 ///
 /// # Errors
 ///
-/// The file is mapped, and its index is missing or breaks a rule. The message names the option that
-/// reads the image without it.
+/// The file is mapped, and its index is missing, breaks a rule or contradicts the stream. The
+/// message names the option that reads the image without it.
 pub(crate) fn index_of(input: &Input, lenient: bool) -> Result<Option<Mapped>> {
+    let index = uncompared_index_of(input, lenient)?;
+    if let Some(index) = &index {
+        let compared = compare(index, &input.image, lenient);
+        compared.with_context(|| input.name.clone())?;
+    }
+    Ok(index)
+}
+
+/// The same, for a reader that compares it with the stream itself, or with no more than one record.
+///
+/// # Errors
+///
+/// The file is mapped, and its index is missing or breaks a rule.
+pub(crate) fn uncompared_index_of(input: &Input, lenient: bool) -> Result<Option<Mapped>> {
     let found = match read_index(input, lenient) {
         Ok(found) => return Ok(found),
         Err(LayoutError::Io(error)) if error.kind() != io::ErrorKind::UnexpectedEof => error.into(),
@@ -55,10 +70,36 @@ pub(crate) fn bad_index(error: &LayoutError) -> Error {
     )))
 }
 
-/// The index, for commands that read any stream and can do without it.
-pub(crate) fn usable_index(input: &Input) -> Option<Mapped> {
+/// The index, for commands that read any stream and can do without it. `None` also if it is bad or
+/// contradicts the stream.
+pub(crate) fn usable_index(input: &Input, lenient: bool) -> Option<Mapped> {
     input.length?;
-    Mapped::open(&mut input.image.again()?).ok()?
+    let index = Mapped::open(&mut input.image.again()?).ok()??;
+    compare(&index, &input.image, lenient).ok()?;
+    Some(index)
+}
+
+/// Compares an index with the head of each record.
+///
+/// # Errors
+///
+/// The stream has other records. (The reader of a stream that is bad itself reports that.)
+fn compare(index: &Mapped, image: &StorageCursor, lenient: bool) -> Result<(), BadImage> {
+    let options = ReadOptions { lenient, offset: 0 };
+    let Some(image) = image.again() else {
+        return Ok(());
+    };
+    let Ok(mut walk) = Walk::open_seeking(&image, options) else {
+        return Ok(());
+    };
+    let mut compared = Compared::new(index);
+    loop {
+        match walk.next_step() {
+            Ok(Some(step)) => compared.step(&step)?,
+            Ok(None) => return compared.end(walk.offset()),
+            Err(_) => return Ok(()),
+        }
+    }
 }
 
 /// A description of a mapped image's layout.
@@ -149,12 +190,22 @@ impl<'m> Compared<'m> {
         }
     }
 
-    /// Called for each PAGE_DATA record.
+    /// Called for each item of the file.
     ///
     /// # Errors
     ///
     /// The index has another record next.
-    pub(crate) fn pages(&mut self, at: At, entries: Entries<'_>) -> Result<(), BadImage> {
+    pub(crate) fn step(&mut self, step: &FileStep<'_, '_>) -> Result<(), BadImage> {
+        match &step.content {
+            Content::PageData(body) => self.pages(At::of(step), body.entries())?,
+            Content::Record(_) => self.record(At::of(step)),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Called for each PAGE_DATA record.
+    fn pages(&mut self, at: At, entries: Entries<'_>) -> Result<(), BadImage> {
         let offset = at.offset;
         let differs = |what: &str, got: u64, expected: u64| match got == expected {
             true => Ok(()),
@@ -181,7 +232,7 @@ impl<'m> Compared<'m> {
     }
 
     /// Called for each record of the libxc stream that is not PAGE_DATA.
-    pub(crate) fn record(&mut self, at: At) {
+    fn record(&mut self, at: At) {
         self.stream_end = (at.offset + 8).saturating_add(at.length.next_multiple_of(8));
     }
 

@@ -169,7 +169,7 @@ fn configuration(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<(
                 }
                 _ => None,
             };
-            let index = mapped::usable_index(input);
+            let index = mapped::usable_index(input, args.lenient);
             let header = header.map(|header| plain_header(index.as_ref(), header));
             let header = header.transpose()?;
             match header.as_ref().and_then(XlHeader::config) {
@@ -200,7 +200,7 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
         lenient: args.lenient,
         offset: 0,
     };
-    let index = mapped::usable_index(input);
+    let index = mapped::usable_index(input, args.lenient);
     let mut moved = match &index {
         Some(index) => InOrder::of(input, index).map_err(|error| mapped::bad_index(&error))?,
         None => None,

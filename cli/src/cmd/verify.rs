@@ -21,7 +21,7 @@ use crate::backend::phase;
 use crate::config::Config;
 use crate::exit::{self, BadImage, Code};
 use crate::file::Input;
-use crate::image::{At, FileStep, Reading};
+use crate::image::{FileStep, Reading};
 use crate::mapped::{self, Compared, own_position};
 use crate::origin::{self, Origin};
 use crate::page_map::{PageMap, runs_of};
@@ -134,7 +134,7 @@ fn verify(
     let _bar = input.follow(terminal, "verifying");
     let index = match args.ignore_index {
         true => None,
-        false => mapped::index_of(&input, reading.lenient)?,
+        false => mapped::uncompared_index_of(&input, reading.lenient)?,
     };
     if args.deep {
         // First, so that damage is reported by its digest before a reader stumbles over it.
@@ -148,12 +148,8 @@ fn verify(
     let walked = reading.over(&input, &mut |step| {
         facts.step(&step)?;
         verdict.step(&step);
-        match (&step.content, &mut compared) {
-            (Content::PageData(body), Some(compared)) => {
-                compared.pages(At::of(&step), body.entries())?;
-            }
-            (Content::Record(_), Some(compared)) => compared.record(At::of(&step)),
-            _ => {}
+        if let Some(compared) = &mut compared {
+            compared.step(&step)?;
         }
         Ok(())
     })?;

@@ -343,6 +343,79 @@ fn an_index_that_lies_is_one_error() {
         .stdout_has("the footer at byte");
 }
 
+/// The same image with another index, whose digest fits: `change` gets the entries and the footer.
+fn with_index(whole: &[u8], change: impl FnOnce(&mut Vec<u8>, &mut [u8])) -> Vec<u8> {
+    let (_, index) = ends(whole);
+    let mut entries = whole[index..whole.len() - FOOTER].to_vec();
+    let mut footer = whole[whole.len() - FOOTER..].to_vec();
+    change(&mut entries, &mut footer);
+    let digest = xsr_format::layout::write::digest(&[&entries, &footer[..128]]);
+    footer[128..].copy_from_slice(&digest);
+    [&whole[..index], &entries, &footer].concat()
+}
+
+/// An index that fits in itself, but contradicts the stream: each command that relies on it says so,
+/// and the others read the stream.
+#[test]
+fn an_index_that_contradicts_the_stream_is_used_by_no_command() {
+    let dir = scratch();
+    let plain = image("tpvh-live");
+    let whole = fs::read(map(&plain, dir.path(), &[])).unwrap();
+    let another_pfn = with_index(&whole, |entries, _| {
+        let at = entries.len() - 80 + 24;
+        let pfn = word(entries, at) as u64 + 1;
+        entries[at..at + 8].copy_from_slice(&pfn.to_le_bytes());
+    });
+    // The last record has no entry, and an index out of order would have `cat` and `convert` write
+    // the other records alone.
+    let hidden = with_index(&whole, |entries, footer| {
+        let last = entries.split_off(entries.len() - 80);
+        let records = word(footer, 40) as u64 - 1;
+        let pages = (word(footer, 56) - half(&last, 40)) as u64;
+        footer[40..48].copy_from_slice(&records.to_le_bytes());
+        footer[56..64].copy_from_slice(&pages.to_le_bytes());
+        footer[12] |= 2;
+    });
+    let [path, out] = ["forged.save", "out"].map(|name| dir.path().join(name));
+    let host = dir.path().join("host");
+    for (forged, words) in [
+        (another_pfn, "its highest pfn is"),
+        (hidden, "PAGE_DATA records, but the image has more"),
+    ] {
+        fs::write(&path, forged).unwrap();
+        let refuses = |line: &[&str]| {
+            let mut line = line.to_vec();
+            line.push(arg(&path));
+            let ran = run(&line).code(2);
+            let said = format!("{}{}", ran.stdout, ran.stderr);
+            assert!(
+                said.contains(words) && said.contains("--ignore-index"),
+                "{said}"
+            );
+            line.insert(1, "--ignore-index");
+            run(line).code(0)
+        };
+        refuses(&["verify"]);
+        refuses(&["inspect"]);
+        refuses(&["convert", "-f", "-o", arg(&out)]);
+        run(["diff", arg(&plain), arg(&out)]).code(0);
+        let to = backend(&host);
+        refuses(&["restore", &to]);
+        fs::remove_dir_all(&host).unwrap();
+        for line in [&["cat"][..], &["export", "--format", "elf"]] {
+            let of = |file: &Path| {
+                let mut line = line.to_vec();
+                line.extend(["-f", "-o", arg(&out), arg(file)]);
+                run(line).code(0);
+                fs::read(&out).unwrap()
+            };
+            assert!(of(&path) == of(&plain), "{line:?}");
+        }
+        run(["diff", arg(&plain), arg(&path)]).code(0);
+        run(["edit", "--name", "other", "-f", "-o", arg(&out), arg(&path)]).code(64);
+    }
+}
+
 /// A file with another kind of index after it is read as before.
 #[test]
 fn another_trailer_is_trailing_bytes() {

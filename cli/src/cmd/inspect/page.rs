@@ -14,7 +14,7 @@ use crate::args::InspectArgs;
 use crate::exit::Code;
 use crate::file::Input;
 use crate::image::Reading;
-use crate::mapped::{index_of, own_position};
+use crate::mapped::{own_position, uncompared_index_of};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::{hex, shown};
@@ -53,7 +53,7 @@ pub(super) fn run(args: &InspectArgs, pfn: u64, terminal: &Terminal) -> Result<C
     input.seekable("--page reads at any place of an image")?;
     let index = match args.ignore_index {
         true => None,
-        false => index_of(&input, args.lenient)?,
+        false => uncompared_index_of(&input, args.lenient)?,
     };
     let mut source = own_position(&input.image)?;
     let found = match &index {
