@@ -277,13 +277,7 @@ impl<'w> MappedImage<'w> {
             None => Ok(()),
             // Everything in between is zeros, too.
             Some(from) if frozen => {
-                let mut at = from;
-                while at < to {
-                    let end = to.min(at + ZEROS.len() as u64);
-                    let zeros = &ZEROS[..usize::try_from(end - at).unwrap_or(ZEROS.len())];
-                    self.writer.write_all_at(zeros, at).map_err(failed)?;
-                    at = end;
-                }
+                self.write_zeros_to(from..to)?;
                 let mut state = lock(&self.state);
                 // A device has no holes.
                 if !state.stale {
@@ -293,6 +287,17 @@ impl<'w> MappedImage<'w> {
             }
             Some(from) => self.writer.punch(from..to).map_err(failed),
         }
+    }
+
+    fn write_zeros_to(&self, range: Range<u64>) -> Result<(), SaveError> {
+        let mut at = range.start;
+        while at < range.end {
+            let end = range.end.min(at + ZEROS.len() as u64);
+            let zeros = &ZEROS[..usize::try_from(end - at).unwrap_or(ZEROS.len())];
+            self.writer.write_all_at(zeros, at).map_err(failed)?;
+            at = end;
+        }
+        Ok(())
     }
 
     /// Writes the rest of a record whose pages have all been written.
@@ -405,7 +410,11 @@ impl<'w> MappedImage<'w> {
         let has_index = !self.options.without_index && trailer.fits();
         if has_index {
             if trailer.room.is_none() {
-                write(&xsr_format::layout::TRAILER_MAGIC, image_end)?;
+                let magic = xsr_format::layout::TRAILER_MAGIC;
+                write(&magic, image_end)?;
+                if state.stale {
+                    self.write_zeros_to(image_end + magic.len() as u64..trailer.offset())?;
+                }
             }
             write(&digests, trailer.offset())?;
             let encoded = trailer.encode_index();
