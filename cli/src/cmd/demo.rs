@@ -216,7 +216,7 @@ fn scratch() -> Result<TempDir> {
         );
     }
     tempfile::Builder::new()
-        .prefix("xsr-demo-")
+        .prefix(&format!("xsr-demo-{}-", std::process::id()))
         .tempdir_in(&dir)
         .with_context(|| dir.display().to_string())
 }

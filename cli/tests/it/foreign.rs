@@ -20,7 +20,7 @@ use xsr_xen_backend::mock::MockHost;
 const UUID: &str = "1f2e3d4c-0000-1111-2222-333344445555";
 
 /// Run one of the generators; `None`, with a message, if there is no `python3`.
-fn tool(name: &str, options: &[&str], to: &Path) -> Option<()> {
+pub(crate) fn tool(name: &str, options: &[&str], to: &Path) -> Option<()> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../tools")
         .join(name);
