@@ -10,6 +10,8 @@ use anyhow::Result;
 use xsr_save_restore::toolstack::ToolstackError;
 use xsr_xen_backend::{DomId, Host, XenHost};
 
+use crate::settings;
+
 /// A hypervisor and the services of its host.
 pub(crate) trait Backend {
     /// The hypervisor.
@@ -24,6 +26,9 @@ pub(crate) trait Backend {
     ///
     /// xenstore cannot be read.
     fn node(&self, domid: DomId, name: &str) -> Result<Option<Vec<u8>>>;
+
+    /// The host's configuration file.
+    fn settings_file(&self) -> PathBuf;
 
     /// The socket on which a domain's qemu answers.
     fn qmp_socket(&self, domid: DomId) -> PathBuf;
@@ -63,6 +68,10 @@ impl Backend for Xen {
 
     fn node(&self, domid: DomId, name: &str) -> Result<Option<Vec<u8>>> {
         Ok(self.0.domain_node(domid, name)?)
+    }
+
+    fn settings_file(&self) -> PathBuf {
+        settings::FILE.into()
     }
 
     fn qmp_socket(&self, domid: DomId) -> PathBuf {

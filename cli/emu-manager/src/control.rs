@@ -549,6 +549,30 @@ mod tests {
     }
 
     #[test]
+    fn a_descriptor_that_cannot_be_written_ends_it() {
+        let control = Control::new(File::open("/dev/null").unwrap(), false, None);
+        let end = control.tell(&Line::Progress(3)).unwrap_err();
+        let text = "writing to xenopsd: Bad file descriptor";
+        assert!(
+            matches!(&end, End::Protocol(said) if said.contains(text)),
+            "{end:?}"
+        );
+        assert!(control.cancel().is_cancelled());
+        assert_eq!(control.prepare(), Err(end.clone()));
+        assert_eq!(control.result(&Line::Saved), Err(end));
+        for question in [Control::prepare, |control: &Control| {
+            control.result(&Line::Saved)
+        }] {
+            let control = Control::new(File::open("/dev/null").unwrap(), false, None);
+            let end = question(&control).unwrap_err();
+            assert!(
+                matches!(&end, End::Protocol(said) if said.contains(text)),
+                "{end:?}"
+            );
+        }
+    }
+
+    #[test]
     fn a_reader_that_is_gone_ends_it_and_nothing_after_the_result_does() {
         let (control, _say, out) = control(false);
         drop(out);

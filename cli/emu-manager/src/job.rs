@@ -1,20 +1,25 @@
 //! A save or a restore between xenopsd's stream and a domain.
 
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context as _, Error, Result, anyhow, ensure};
 use xsr_format::frame::PAGE_SIZE;
 use xsr_format::read::{ReadOptions, RecordReader};
-use xsr_save_restore::progress::Progress;
-use xsr_save_restore::sink::FdSink;
-use xsr_save_restore::source::FdSource;
+use xsr_save_restore::progress::{Phase, Progress};
+use xsr_save_restore::save::mapped::MappedImage;
+use xsr_save_restore::save::precopy::PrecopyPolicy;
+use xsr_save_restore::sink::{CopySink, FdSink};
+use xsr_save_restore::source::{CopySource, FdSource};
+use xsr_save_restore::text::chain;
 use xsr_save_restore::toolstack::OlderGuest;
-use xsr_save_restore::{CpuCheck, Live, RestoreRequest, Rings, SaveRequest};
-use xsr_xen_backend::{DomId, Domain};
+use xsr_save_restore::{CpuCheck, Live, RestoreRequest, Rings, SaveError, SaveRequest, Saved};
+use xsr_xen_backend::{DomId, Domain, XenVersion};
 
 use crate::Open;
 use crate::args::{Args, Mode};
 use crate::backend::Backend;
+use crate::compress::{Begun, Compressor};
 use crate::control::{Control, End};
 use crate::disk::Disk;
 use crate::line::Line;
@@ -80,7 +85,6 @@ fn save(
 ) -> Result<()> {
     platform.check_may_move()?;
     let mut policy = platform.policy()?;
-    let xen = backend.host().xen_version()?;
     let mut toolstack = Saving {
         control,
         domain,
@@ -90,59 +94,75 @@ fn save(
         logging: false,
         guest: backend.stand_in(args.domid)?,
     };
-    if args.compress {
-        tracing::info!("the stream is not compressed: the other end may not know how");
+    let compress = args.compress && platform.compress()?;
+    match (args.compress, compress) {
+        (true, true) => tracing::info!("the stream is compressed: the other end must run xsr"),
+        (true, false) => {
+            tracing::info!("the stream is not compressed: platform:xsr-compress is not true");
+        }
+        (false, _) => {}
     }
     control.prepare().map_err(ended)?;
     // xenopsd has written the head of the record: the stream begins at the descriptor's position.
-    let disk = match !live && platform.live_suspend()? {
+    let disk = match !live && !compress && platform.live_suspend()? {
         true => Disk::of(&stream)?,
         false => None,
     };
-    let live = live || disk.is_some();
-    if disk.is_some() {
-        toolstack.live = true;
+    let mut work = Work {
+        control,
+        domain,
+        xen: backend.host().xen_version()?,
+        percent: Percent::default(),
+        has_begun: false,
+        compress,
+    };
+    if let Some(disk) = disk {
         control.goes_live();
         tracing::info!("the guest runs while its memory is written");
-    }
-    let image = disk.as_ref().map(Disk::image);
-    let mut percent = Percent::default();
-    let mut on_progress = |progress: &Progress| {
-        if let Some(percent) = percent.next(progress) {
-            // The control records that xenopsd cannot be reached.
-            control.tell(&Line::Progress(percent)).ok();
-        }
-        control.cancel().check()
-    };
-    let mut request = SaveRequest::new(domain, xen).observe(&mut on_progress);
-    if live {
-        let policy = &mut *policy;
-        request = request.live(Live {
-            policy,
-            verify: false,
-        });
-    }
-    let saved = match &image {
-        Some(image) => request.write_mapped(&mut toolstack, image)?,
-        None => {
-            let mut sink = FdSink::cancellable(stream, control.cancel().clone())?;
-            request.write_stream(&mut toolstack, &mut sink)?
-        }
-    };
-    if let Some(image) = image {
-        let finished = image.finish(None, &mut || control.cancel().check());
-        let ended = match (finished, disk) {
-            (Err(error), _) => Err(error.into()),
-            (Ok(stats), Some(disk)) => disk.end_at(stats.image_bytes),
-            (Ok(_), None) => Ok(()),
+        toolstack.live = true;
+        let image = disk.image();
+        let failed = match work.to_disk(&mut toolstack, &image, &mut *policy) {
+            Ok(saved) => {
+                let finished = image.finish(None, &mut || control.cancel().check());
+                let ended = finished.map_err(Error::from);
+                let ended = ended.and_then(|stats| disk.end_at(stats.image_bytes));
+                tell(keep(saved, ended)?, control)?;
+                None
+            }
+            Err(error) => {
+                drop(image);
+                // The file ends again where xenopsd's part of it does.
+                drop(disk);
+                Some(error)
+            }
         };
-        if let Err(error) = ended {
-            saved
-                .resume()
-                .with_context(|| format!("{error:#}, and the guest is still suspended"))?;
-            return Err(error);
+        match failed {
+            None => {
+                toolstack.complete();
+                return Ok(());
+            }
+            Some(error) if work.may_stand_still(&error) => {
+                tracing::warn!(
+                    "what the guest writes cannot be followed, so it is suspended first: {}",
+                    chain(&error)
+                );
+                toolstack.stand_still();
+            }
+            Some(error) => return Err(error.into()),
         }
     }
+    let policy: Option<&mut dyn PrecopyPolicy> = match live {
+        true => Some(&mut *policy),
+        false => None,
+    };
+    let saved = work.to_stream(&mut toolstack, stream, policy)?;
+    tell(saved, control)?;
+    toolstack.complete();
+    Ok(())
+}
+
+/// Tells xenopsd that the domain is saved; if it cannot, the guest runs on.
+fn tell(saved: Saved<'_>, control: &Control) -> Result<()> {
     let stats = saved.stats();
     tracing::info!(
         "saved in {} passes and a last one: {} MiB, suspended for {} ms",
@@ -150,17 +170,90 @@ fn save(
         (stats.pages * PAGE_SIZE as u64) >> 20,
         stats.suspended_for.as_millis()
     );
-    if let Err(end) = control.result(&Line::Saved) {
-        // xenopsd cannot have the result.
-        saved
-            .resume()
-            .with_context(|| format!("{}, and the guest is still suspended", end.text()))?;
-        return Err(ended(end));
-    }
+    let told = control.result(&Line::Saved).map_err(ended);
     // xenopsd decides what becomes of the guest now.
-    saved.keep_suspended();
-    toolstack.complete();
+    keep(saved, told)?.keep_suspended();
     Ok(())
+}
+
+/// The domain is saved, and `ended` is how its image ended: if that failed, the guest runs on.
+fn keep(saved: Saved<'_>, ended: Result<()>) -> Result<Saved<'_>> {
+    if let Err(error) = ended {
+        let failed = format!("{error:#}, and the guest is still suspended");
+        saved.resume().context(failed)?;
+        return Err(error);
+    }
+    Ok(saved)
+}
+
+/// A save, whose progress xenopsd is told.
+struct Work<'w> {
+    control: &'w Control,
+    domain: &'w dyn Domain,
+    xen: XenVersion,
+    percent: Percent,
+    /// A pass over the memory has begun: the guest's writes are followed, or it is suspended.
+    has_begun: bool,
+    compress: bool,
+}
+
+impl Work<'_> {
+    fn observe(&mut self, progress: &Progress) -> ControlFlow<()> {
+        self.has_begun |= progress.phase == Phase::Precopy && progress.pages_total.is_some();
+        if let Some(percent) = self.percent.next(progress) {
+            // The control records that xenopsd cannot be reached.
+            self.control.tell(&Line::Progress(percent)).ok();
+        }
+        self.control.cancel().check()
+    }
+
+    /// Saves into a stream, live if there is a policy.
+    fn to_stream<'t>(
+        &mut self,
+        toolstack: &'t mut Saving<'_>,
+        stream: OwnedFd,
+        policy: Option<&mut dyn PrecopyPolicy>,
+    ) -> Result<Saved<'t>> {
+        let mut sink = FdSink::cancellable(stream, self.control.cancel().clone())?;
+        let (domain, xen, compress) = (self.domain, self.xen, self.compress);
+        let mut on_progress = |progress: &Progress| self.observe(progress);
+        let mut request = SaveRequest::new(domain, xen).observe(&mut on_progress);
+        if let Some(policy) = policy {
+            let verify = false;
+            request = request.live(Live { policy, verify });
+        }
+        if !compress {
+            return Ok(request.write_stream(toolstack, &mut sink)?);
+        }
+        let mut sink = Compressor::new(sink);
+        let saved = request.write_stream(toolstack, &mut CopySink(&mut sink))?;
+        let ended = sink.finish().context("writing the end of the stream");
+        keep(saved, ended)
+    }
+
+    /// Saves into an image with a place for each page, live.
+    fn to_disk<'t>(
+        &mut self,
+        toolstack: &'t mut Saving<'_>,
+        image: &MappedImage<'_>,
+        policy: &mut dyn PrecopyPolicy,
+    ) -> Result<Saved<'t>, SaveError> {
+        let (domain, xen) = (self.domain, self.xen);
+        let mut on_progress = |progress: &Progress| self.observe(progress);
+        let verify = false;
+        SaveRequest::new(domain, xen)
+            .observe(&mut on_progress)
+            .live(Live { policy, verify })
+            .write_mapped(toolstack, image)
+    }
+
+    /// Whether a live save that xenopsd did not ask for failed because Xen or qemu refuses its
+    /// dirty log. Xen does if it lacks the memory for it, or shadow paging for a PV guest, or if
+    /// a device writes to the guest's memory.
+    fn may_stand_still(&self, error: &SaveError) -> bool {
+        let refused = matches!(error, SaveError::Backend(_) | SaveError::Toolstack(_));
+        refused && !self.has_begun && self.control.end().is_none()
+    }
 }
 
 fn restore(
@@ -178,7 +271,7 @@ fn restore(
     };
     let source = FdSource::cancellable(stream, control.cancel().clone())?;
     control.wait_for_restore().map_err(ended)?;
-    let reader = RecordReader::new(source, ReadOptions::default())?;
+    let begun = Begun::new(source).context("reading the stream")?;
     let rings = Rings {
         store_port,
         store_domid: DOM0,
@@ -187,11 +280,24 @@ fn restore(
     };
     let mut on_progress = |_: &Progress| control.cancel().check();
     let mut toolstack = Restoring { domain, older };
-    let (restored, _) = RestoreRequest::new(domain, rings)
+    let request = RestoreRequest::new(domain, rings)
         // xapi compared the hosts' features before it chose this host.
         .cpu(CpuCheck::Warn)
-        .observe(&mut on_progress)
-        .read_stream(reader, &mut toolstack)?;
+        .observe(&mut on_progress);
+    let restored = match begun.is_compressed() {
+        false => {
+            let reader = RecordReader::new(begun, ReadOptions::default())?;
+            request.read_stream(reader, &mut toolstack)?.0
+        }
+        true => {
+            tracing::info!("the stream is compressed");
+            let stream = CopySource(begun.decompressed());
+            let reader = RecordReader::new(stream, ReadOptions::default())?;
+            let (restored, CopySource(rest)) = request.read_stream(reader, &mut toolstack)?;
+            rest.finish().context("reading the end of the stream")?;
+            restored
+        }
+    };
     platform.write_generation_id(domain)?;
     tracing::info!("restored: {:?}", restored.stats);
     control

@@ -15,6 +15,7 @@
 
 mod args;
 mod backend;
+mod compress;
 mod control;
 mod disk;
 mod guardian;
@@ -27,6 +28,7 @@ mod platform;
 mod policy;
 mod progress;
 mod qmp;
+mod settings;
 mod stream;
 mod toolstack;
 

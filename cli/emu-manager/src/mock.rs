@@ -88,9 +88,15 @@ impl Backend for Mock {
         let path = run_dir().join(format!("xenstore/{}/{name}", domid.0));
         match std::fs::read(path) {
             Ok(value) => Ok(Some(value)),
+            // A node may have no value, but others below it.
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => Ok(Some(Vec::new())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn settings_file(&self) -> PathBuf {
+        run_dir().join("settings")
     }
 
     fn qmp_socket(&self, domid: DomId) -> PathBuf {

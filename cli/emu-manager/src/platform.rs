@@ -1,10 +1,12 @@
 //! A VM's platform keys: what xapi keeps of it in xenstore, below `/local/domain/N/platform`, and
-//! how a save or restore uses it.
+//! how a save or restore uses it. Keys that begin with `xsr-` may also be in the host's
+//! configuration file (`settings.rs`).
 //!
 //! | key | |
 //! |---|---|
 //! | `nomigrate` | a save is refused if it is `true` or a number other than 0 |
-//! | `xsr-live-suspend` | a suspend into a file or disk is live unless it is `false` or 0 |
+//! | `xsr-live-suspend` | whether a suspend into a file or disk is live; if missing: unless the domain has a PCI device |
+//! | `xsr-compress` | whether a migration for which xapi wants compression is compressed |
 //! | `xsr-max-downtime` | for a live save, in milliseconds; `xen` for Xen's own rule |
 //! | `vcpu/number`, `vcpu/I/affinity` | the processors that vcpu I may run on: 0 or 1 for each |
 //! | `vcpu/weight`, `vcpu/cap` | for the credit scheduler |
@@ -15,6 +17,8 @@
 //! | `featureset` | likewise: words of 32 features in hexadecimal |
 //! | `generation-id` | two numbers, `A:B`, which go to an address that a translated guest chose |
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, bail, ensure};
 use xsr_format::frame::{Gfn, PAGE_SIZE};
 use xsr_save_restore::save::precopy::{PrecopyPolicy, XenPolicy};
@@ -22,6 +26,7 @@ use xsr_xen_backend::{Access, DomId, Domain};
 
 use crate::backend::Backend;
 use crate::policy::MigrationPolicy;
+use crate::settings::Settings;
 
 /// `HVM_PARAM_HPET_ENABLED`
 const HPET_ENABLED: u32 = 11;
@@ -34,11 +39,41 @@ const MAX_PROCESSORS: usize = 4096;
 pub(crate) struct Platform<'b> {
     backend: &'b dyn Backend,
     domid: DomId,
+    /// What holds for every VM without keys of its own.
+    host: Settings,
+}
+
+/// A setting, and where it is, for messages.
+struct Setting {
+    text: String,
+    place: String,
+    /// It is the VM's own.
+    is_own: bool,
 }
 
 impl<'b> Platform<'b> {
     pub(crate) fn of(backend: &'b dyn Backend, domid: DomId) -> Self {
-        Self { backend, domid }
+        Self {
+            backend,
+            domid,
+            host: Settings::read(backend.settings_file()),
+        }
+    }
+
+    /// A setting of this program: the VM's own, or that of the host; `None` if neither has it.
+    fn setting(&self, key: &str) -> Result<Option<Setting>> {
+        if let Some(text) = self.text(key)?.filter(|text| !text.is_empty()) {
+            return Ok(Some(Setting {
+                text,
+                place: format!("platform/{key} in xenstore"),
+                is_own: true,
+            }));
+        }
+        Ok(self.host.get(key).map(|text| Setting {
+            text: text.to_owned(),
+            place: format!("{key} in {}", self.host.path().display()),
+            is_own: false,
+        }))
     }
 
     /// The text of a key; `None` if it does not exist.
@@ -56,11 +91,7 @@ impl<'b> Platform<'b> {
         let Some(text) = self.text(key)?.filter(|text| !text.is_empty()) else {
             return Ok(None);
         };
-        let number = integer(&text).and_then(|number| N::try_from(number).ok());
-        if number.is_none() {
-            tracing::warn!("platform/{key} in xenstore is ignored: {text:?} is no number in range");
-        }
-        Ok(number)
+        Ok(in_range(&text, &format!("platform/{key} in xenstore")))
     }
 
     /// Whether a key is `true` or a number other than 0. Other words mean no.
@@ -80,23 +111,48 @@ impl<'b> Platform<'b> {
         Ok(())
     }
 
-    /// Whether the guest may run while its memory is written to a file or disk.
+    /// Whether the guest may run while its memory is written to a file or disk. By default a guest
+    /// with a PCI device may not, because the dirty log does not tell what the device writes; only
+    /// the VM's own key changes that.
     ///
     /// # Errors
     ///
     /// xenstore cannot be read.
     pub(crate) fn live_suspend(&self) -> Result<bool> {
-        const KEY: &str = "xsr-live-suspend";
-        let text = self.text(KEY)?.unwrap_or_default();
-        let known =
-            text.is_empty() || text.eq_ignore_ascii_case("true") || integer(&text).is_some();
-        let off = text.eq_ignore_ascii_case("false") || integer(&text) == Some(0);
-        if !known && !off {
-            tracing::warn!(
-                "platform/{KEY} in xenstore is ignored: {text:?} is neither true nor false"
-            );
+        if let Some(setting) = self.setting("xsr-live-suspend")? {
+            let Setting { text, place, .. } = &setting;
+            match (text.to_ascii_lowercase().as_str(), integer(text)) {
+                ("false", _) | (_, Some(0)) => return Ok(false),
+                ("true", _) | (_, Some(_)) if setting.is_own => return Ok(true),
+                ("true", _) | (_, Some(_)) => {}
+                _ => tracing::warn!("{place} is ignored: {text:?} is neither true nor false"),
+            }
         }
-        Ok(!off)
+        let devices = format!("backend/pci/{}", self.domid.0);
+        let has_device = self.backend.node(DomId(0), &devices)?.is_some();
+        if has_device {
+            tracing::info!("the VM has a PCI device: the guest is suspended first");
+        }
+        Ok(!has_device)
+    }
+
+    /// Whether a migration may be compressed: the other end runs this program, too.
+    ///
+    /// # Errors
+    ///
+    /// xenstore cannot be read.
+    pub(crate) fn compress(&self) -> Result<bool> {
+        let Some(Setting { text, place, .. }) = self.setting("xsr-compress")? else {
+            return Ok(false);
+        };
+        match (text.to_ascii_lowercase().as_str(), integer(&text)) {
+            ("false", _) | (_, Some(0)) => Ok(false),
+            ("true", _) | (_, Some(_)) => Ok(true),
+            _ => {
+                tracing::warn!("{place} is ignored: {text:?} is neither true nor false");
+                Ok(false)
+            }
+        }
     }
 
     /// The policy that decides when a live save suspends the guest.
@@ -105,12 +161,14 @@ impl<'b> Platform<'b> {
     ///
     /// xenstore cannot be read.
     pub(crate) fn policy(&self) -> Result<Box<dyn PrecopyPolicy>> {
-        const KEY: &str = "xsr-max-downtime";
-        if self.text(KEY)?.as_deref() == Some("xen") {
-            return Ok(Box::new(XenPolicy));
+        let mut allowed = None;
+        if let Some(Setting { text, place, .. }) = self.setting("xsr-max-downtime")? {
+            if text == "xen" {
+                return Ok(Box::new(XenPolicy));
+            }
+            allowed = in_range::<u32>(&text, &place);
         }
-        let allowed = self.number::<u32>(KEY)?;
-        let allowed = allowed.map(|ms| std::time::Duration::from_millis(ms.into()));
+        let allowed = allowed.map(|ms| Duration::from_millis(ms.into()));
         Ok(Box::new(MigrationPolicy::new(allowed)))
     }
 
@@ -244,6 +302,15 @@ impl<'b> Platform<'b> {
         tracing::debug!("generation id {text} at {address:#x}");
         Ok(())
     }
+}
+
+/// A number in the range of its type; `None`, with a warning, for any other text.
+fn in_range<N: TryFrom<i64>>(text: &str, place: &str) -> Option<N> {
+    let number = integer(text).and_then(|number| N::try_from(number).ok());
+    if number.is_none() {
+        tracing::warn!("{place} is ignored: {text:?} is no number in range");
+    }
+    number
 }
 
 /// A whole number, in decimal, or in hexadecimal with the prefix 0x.

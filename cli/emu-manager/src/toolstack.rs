@@ -103,6 +103,25 @@ impl Saving<'_> {
         }
     }
 
+    /// The guest is suspended before its memory is written: the dirty log of its qemu, if that is
+    /// on, is of no use.
+    pub(crate) fn stand_still(&mut self) {
+        self.live = false;
+        self.logging &= !self.switched_off();
+    }
+
+    /// Switches qemu's dirty log off if it may be on; returns whether it is off.
+    fn switched_off(&self) -> bool {
+        let (true, Some(qmp)) = (self.logging, &self.qmp) else {
+            return true;
+        };
+        let switched = qmp::switch_dirty_log(qmp, false, Limits::BRIEF, &Cancel::new());
+        if let Err(error) = &switched {
+            tracing::warn!("qemu's dirty log could not be switched off: {error:#}");
+        }
+        switched.is_ok()
+    }
+
     /// xenopsd has the result: the guest and qemu are its business from now on.
     pub(crate) fn complete(mut self) {
         self.logging = false;
@@ -112,11 +131,7 @@ impl Saving<'_> {
 impl Drop for Saving<'_> {
     /// The guest keeps running, and qemu must stop marking pages.
     fn drop(&mut self) {
-        if let (true, Some(qmp)) = (self.logging, &self.qmp)
-            && let Err(error) = qmp::switch_dirty_log(qmp, false, Limits::BRIEF, &Cancel::new())
-        {
-            tracing::warn!("qemu's dirty log could not be switched off: {error:#}");
-        }
+        self.switched_off();
     }
 }
 

@@ -21,8 +21,13 @@ pub(crate) const DOMID: DomId = DomId(1);
 
 /// Creates a machine below `dir` with a guest of 16 MiB.
 pub(crate) fn guest(dir: &Path, kind: GuestKind, width: u8) -> PathBuf {
+    guest_on(dir, kind, width, &HostConfig::default())
+}
+
+/// The same on a machine of this kind.
+pub(crate) fn guest_on(dir: &Path, kind: GuestKind, width: u8, machine: &HostConfig) -> PathBuf {
     let path = dir.join("host");
-    let host = MockHost::create(&path, &HostConfig::default()).unwrap();
+    let host = MockHost::create(&path, machine).unwrap();
     let spec = GuestSpec {
         width,
         vcpus: 2,

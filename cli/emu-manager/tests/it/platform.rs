@@ -179,6 +179,32 @@ fn nonsense_for_the_downtime_is_told_and_no_more() {
     }
 }
 
+#[test]
+fn the_downtime_may_be_in_the_host_s_configuration() {
+    for (text, key, warned) in [
+        ("xsr-max-downtime = soon", None, true),
+        ("xsr-max-downtime = soon", Some("xen"), false),
+        ("xsr-max-downtime = 50", None, false),
+    ] {
+        let dir = scratch();
+        let machine = guest(dir.path(), GuestKind::Pv, 8);
+        let run = dir.path().join("run");
+        fs::create_dir(&run).unwrap();
+        fs::write(run.join("settings"), text).unwrap();
+        if let Some(value) = key {
+            keys(&run, &[("xsr-max-downtime", value)]);
+        }
+        let mut target = Target::new(Kind::Pipe, dir.path(), true);
+        let words = "-mode save -live true";
+        let mut xenopsd = Xenopsd::start_with(&machine, words, target.fd(), &mut with_run(&run));
+        crate::save::play(&mut xenopsd, &mut target);
+        let ended = xenopsd.wait();
+        ended.succeeded();
+        let lines = ended.with("info:xsr-max-downtime in ");
+        assert_eq!(lines.len(), usize::from(warned), "{text}: {ended:?}");
+    }
+}
+
 /// The address of the guest's generation id.
 const ADDRESS: u64 = 0x5_0ff0;
 

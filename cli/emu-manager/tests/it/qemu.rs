@@ -13,8 +13,9 @@ use nix::sys::signal::{Signal, kill};
 use xsr_xen_backend::GuestKind;
 
 use crate::images::scratch;
-use crate::machine::{guest, shutdown};
-use crate::xenopsd::{Kind, Target, Xenopsd};
+use crate::live_suspend::{plain, suspended};
+use crate::machine::{by_the_engine, guest, shutdown};
+use crate::xenopsd::{Kind, Target, Xenopsd, libxc};
 
 /// A qemu; returns a log of the commands that it received and of each connection's end.
 fn qemu(run: &Path, answer: fn(&str) -> &'static str) -> Arc<Mutex<Vec<String>>> {
@@ -206,6 +207,58 @@ fn one_that_refuses_or_is_not_there_fails_a_live_save() {
         xenopsd.end().failed(2, text);
         assert_eq!(shutdown(&machine), None);
     }
+}
+
+/// A suspend into a file is live, though xenopsd does not know.
+#[test]
+fn it_logs_during_a_suspend_into_a_file_and_one_that_refuses_has_the_guest_suspended_first() {
+    let refuses = |line: &str| match line.contains("true") {
+        true => "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no logging\"}}\r\n",
+        false => FINE,
+    };
+    let on = [CAPABILITIES.to_owned(), switch(true), "closed".to_owned()];
+    let off = [CAPABILITIES.to_owned(), switch(false), "closed".to_owned()];
+    let first = "info:what the guest writes cannot be followed";
+    for (answer, is_live) in [
+        (refuses as fn(&str) -> &'static str, false),
+        (|_| FINE, true),
+    ] {
+        let dir = scratch();
+        let machine = guest(dir.path(), GuestKind::Hvm, 8);
+        let log = qemu(&machine.with_extension("run"), answer);
+        let (ended, image) = suspended(&machine, dir.path(), "-mode hvm_save -dm qemu");
+        let told = ended.with(first);
+        assert_eq!(told.is_empty(), is_live, "{ended:?}");
+        assert!(plain(libxc(&image)) == by_the_engine(GuestKind::Hvm, 8));
+        let expected = match is_live {
+            true => on.to_vec(),
+            // Whether it is on is unknown after an error.
+            false => [&on[..], &off].concat(),
+        };
+        assert_eq!(*log.lock().unwrap(), expected);
+    }
+    // None at all.
+    let dir = scratch();
+    let machine = guest(dir.path(), GuestKind::Hvm, 8);
+    let (ended, _) = suspended(&machine, dir.path(), "-mode hvm_save -dm qemu");
+    assert_eq!(ended.with(first).len(), 1, "{ended:?}");
+    // After the suspend, a failure has it run on, without a log.
+    let dir = scratch();
+    let machine = guest(dir.path(), GuestKind::Hvm, 8);
+    let log = qemu(&machine.with_extension("run"), |_| FINE);
+    let mut target = Target::new(Kind::File, dir.path(), true);
+    let words = "-mode hvm_save -dm qemu";
+    let mut xenopsd = Xenopsd::start(&machine, words, target.fd());
+    assert!(xenopsd.until("prepare:"));
+    target.head();
+    xenopsd.say("done\n");
+    assert!(xenopsd.until("suspend:"));
+    xenopsd.say("done\ntea\n");
+    xenopsd.end().failed(2, "which is not expected");
+    assert_eq!(shutdown(&machine), None);
+    let log = log.lock().unwrap();
+    let count = |wanted: &str| log.iter().filter(|line| *line == wanted).count();
+    assert_eq!((count(CONT), count(&switch(false))), (1, 1), "{log:?}");
 }
 
 #[test]

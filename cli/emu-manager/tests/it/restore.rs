@@ -30,7 +30,14 @@ pub(crate) fn words(kind: GuestKind, ports: [u32; 2]) -> String {
 
 /// Restores `stream`, followed by xenopsd's next record; returns how the run ended, and what is
 /// left in the stream.
-fn restored(kind: GuestKind, through: Kind, stream: &[u8], dir: &Path) -> (Ended, Vec<u8>) {
+pub(crate) fn restored(
+    kind: GuestKind,
+    through: Kind,
+    stream: &[u8],
+    dir: &Path,
+) -> (Ended, Vec<u8>) {
+    let dir = &dir.join("there");
+    fs::create_dir(dir).unwrap();
     let (machine, ports) = empty(dir, kind);
     let mut bytes = stream.to_vec();
     bytes.extend(AFTER);
@@ -72,7 +79,7 @@ fn a_guest_that_was_saved_here_has_the_same_memory() {
         let dir = scratch();
         let (ended, _) = restored(kind, Kind::Socket, &stream, dir.path());
         ended.succeeded();
-        let host = MockHost::open(&dir.path().join("host")).unwrap();
+        let host = MockHost::open(&dir.path().join("there/host")).unwrap();
         let dir = scratch();
         let equal = MockHost::open(&crate::machine::guest(dir.path(), kind, 8)).unwrap();
         let digest = host.memory_digest(DOMID).unwrap();
@@ -156,10 +163,16 @@ fn the_stream_may_stop_in_the_middle() {
         let dir = scratch();
         let (machine, ports) = empty(dir.path(), GuestKind::Pvh);
         let (ours, go) = source(through, dir.path(), stream.clone(), 5 << 20);
+        let left = ours.as_fd().try_clone_to_owned().unwrap();
         let mut xenopsd = Xenopsd::start(&machine, &words(GuestKind::Pvh, ports), ours);
         xenopsd.say("restore:xenguest\n");
-        std::thread::sleep(std::time::Duration::from_millis(300));
-        go.unwrap().send(()).unwrap();
+        // All that has been sent is read: the emu-manager waits for more.
+        let mut go = go.unwrap();
+        go.wait_until_sent();
+        while rustix::io::ioctl_fionread(&left).unwrap() > 0 {
+            std::thread::yield_now();
+        }
+        go.send_the_rest();
         xenopsd.end().succeeded();
     }
 }

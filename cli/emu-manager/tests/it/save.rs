@@ -1,7 +1,6 @@
 //! Saves: the order of lines, the image, and every way in which one ends early.
 
-use std::thread;
-use std::time::Duration;
+use std::process::Command;
 
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{GuestKind, Host as _, ShutdownReason};
@@ -9,7 +8,7 @@ use xsr_xen_backend::{GuestKind, Host as _, ShutdownReason};
 use crate::images::scratch;
 use crate::machine::{DOMID, KINDS, busy, by_the_engine, guest, shutdown};
 use crate::platform::keys;
-use crate::xenopsd::{Ended, Kind, STREAMS, Target, Xenopsd, libxc};
+use crate::xenopsd::{Ended, Kind, STREAMS, Target, Xenopsd, command, libxc};
 
 pub(crate) fn mode(kind: GuestKind) -> &'static str {
     match kind.is_translated() {
@@ -86,6 +85,80 @@ fn a_live_save_sends_memory_before_the_guest_is_suspended() {
     }
 }
 
+/// A migration between two hosts that run this program: smaller, and the same guest.
+#[test]
+fn a_migration_may_be_compressed_if_the_key_says_that_the_other_end_is_ours() {
+    for (kind, width) in KINDS {
+        for (stream, key, more, packed) in [
+            (Kind::Pipe, "true", "-compress true", true),
+            (Kind::Socket, "1", "-compress true -live true", true),
+            (Kind::Socket, "true", "-live true", false),
+            (Kind::Pipe, "false", "-compress true -live true", false),
+            (Kind::Pipe, "tea", "-compress true", false),
+        ] {
+            let dir = scratch();
+            let machine = guest(dir.path(), kind, width);
+            keys(&machine.with_extension("run"), &[("xsr-compress", key)]);
+            let mut target = Target::new(stream, dir.path(), true);
+            let words = format!("{} {more}", mode(kind));
+            let mut xenopsd = Xenopsd::start(&machine, &words, target.fd());
+            play(&mut xenopsd, &mut target);
+            let ended = xenopsd.wait();
+            assert_eq!(ended.succeeded(), "0 0");
+            let image = target.image();
+            let bytes = libxc(&image);
+            assert_eq!(bytes.starts_with(b"XSRzstd1"), packed, "{ended:?}");
+            let plain = by_the_engine(kind, width);
+            match packed {
+                true => assert!(bytes.len() < plain.len() * 9 / 10, "{}", bytes.len()),
+                false if more.contains("-live") => assert!(bytes.starts_with(&[0xff; 8])),
+                false => assert!(bytes == plain),
+            }
+            // Nothing behind it is read.
+            let (restored, rest) = crate::restore::restored(kind, stream, bytes, dir.path());
+            restored.succeeded();
+            assert_eq!(rest, crate::xenopsd::AFTER, "{kind:?} {stream:?}");
+            if kind.is_translated() {
+                let [before, after] = ["host", "there/host"].map(|name| {
+                    let host = MockHost::open(&dir.path().join(name)).unwrap();
+                    host.memory_digest(DOMID).unwrap()
+                });
+                assert_eq!(after.differences(&before), [], "{kind:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_compressed_migration_that_is_cut_off_is_told() {
+    let dir = scratch();
+    let machine = guest(dir.path(), GuestKind::Pvh, 8);
+    keys(&machine.with_extension("run"), &[("xsr-compress", "true")]);
+    let mut target = Target::new(Kind::Pipe, dir.path(), true);
+    let words = "-mode hvm_save -compress true";
+    let mut xenopsd = Xenopsd::start(&machine, words, target.fd());
+    play(&mut xenopsd, &mut target);
+    xenopsd.end().succeeded();
+    let image = target.image();
+    let bytes = libxc(&image);
+    for (bytes, text) in [
+        (&bytes[..bytes.len() - 4], "reading the end of the stream"),
+        (&bytes[..bytes.len() / 2], "ends inside"),
+        (&bytes[..9], "ends inside"),
+    ] {
+        let dir = scratch();
+        let (there, ports) = crate::machine::empty(dir.path(), GuestKind::Pvh);
+        let bytes = bytes.to_vec();
+        let at_once = bytes.len();
+        let (ours, go) = crate::xenopsd::source(Kind::Pipe, dir.path(), bytes, at_once);
+        let words = crate::restore::words(GuestKind::Pvh, ports);
+        let mut xenopsd = Xenopsd::start(&there, &words, ours);
+        xenopsd.say("restore:xenguest\n");
+        drop(go);
+        xenopsd.end().failed(2, text);
+    }
+}
+
 /// The point of a save at which it is disturbed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Point {
@@ -153,7 +226,8 @@ fn disturbed(
             Point::Stalled | Point::Suspend | Point::Suspended => {
                 xenopsd.say("done\n");
                 if point == Point::Stalled && live {
-                    thread::sleep(Duration::from_millis(300));
+                    // A pass has begun, and its stream is not read.
+                    assert!(xenopsd.until(r"info:\b"), "{:?}", xenopsd.lines);
                 } else {
                     assert!(xenopsd.until("suspend:"), "{point:?}: {:?}", xenopsd.lines);
                 }
@@ -258,7 +332,7 @@ fn an_answer_that_was_not_asked_for_and_a_line_without_end_fail_a_save() {
 }
 
 #[test]
-fn answers_may_come_late_and_in_pieces() {
+fn answers_may_come_in_pieces() {
     let dir = scratch();
     let machine = guest(dir.path(), GuestKind::Pvh, 8);
     let mut target = Target::new(Kind::Socket, dir.path(), true);
@@ -268,9 +342,8 @@ fn answers_may_come_late_and_in_pieces() {
         if line == "prepare:" {
             target.head();
         }
-        thread::sleep(Duration::from_millis(200));
         xenopsd.say("do");
-        thread::sleep(Duration::from_millis(50));
+        xenopsd.wait_until_heard();
         xenopsd.say("ne\n");
     }
     xenopsd.end().succeeded();
@@ -301,6 +374,99 @@ fn a_stream_that_takes_no_more_is_told() {
     xenopsd.say("done\n");
     xenopsd.end().failed(2, "No space left on device");
     assert_eq!(shutdown(&machine), None);
+}
+
+/// `ulimit -f`, of 4 MiB.
+#[test]
+fn a_file_that_may_not_grow_is_told_and_left_as_it_was() {
+    for live in ["true", "false"] {
+        let dir = scratch();
+        let machine = guest(dir.path(), GuestKind::Pv, 8);
+        let run = machine.with_extension("run");
+        keys(&run, &[("xsr-live-suspend", live)]);
+        let mut target = Target::new(Kind::File, dir.path(), true);
+        let program = env!("CARGO_BIN_EXE_xsr-emu-manager-mock");
+        let words = "-controloutfd 6 -controlinfd 5 -fd 7 -domid 1 -mode save";
+        let unlimited = command(program, words);
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "ulimit -f 8192; exec \"$@\"", "sh"])
+            .arg(unlimited.get_program())
+            .args(unlimited.get_args())
+            .env(
+                "XSR_EMU_TEST_BACKEND",
+                format!("mock:{}", machine.display()),
+            )
+            .env("XSR_EMU_TEST_RUN", &run);
+        let mut xenopsd = Xenopsd::spawn(command, target.fd());
+        assert!(xenopsd.until("prepare:"), "{:?}", xenopsd.lines);
+        target.head();
+        xenopsd.say("done\n");
+        if live == "false" {
+            assert!(xenopsd.until("suspend:"), "{:?}", xenopsd.lines);
+            xenopsd.say("done\n");
+        }
+        xenopsd.end().failed(2, "File too large");
+        assert_eq!(shutdown(&machine), None, "{live}");
+        if live == "true" {
+            assert_eq!(libxc(&target.image()), b"");
+        }
+    }
+}
+
+/// A file system of 1 MiB.
+#[test]
+fn a_file_system_that_is_full_is_told_and_the_file_left_as_it_was() {
+    let namespace = ["--user", "--map-root-user", "--mount"];
+    let can = Command::new("unshare").args(namespace).arg("true").status();
+    if !can.is_ok_and(|status| status.success()) {
+        eprintln!("NOT RUN: this machine lets no process have a mount namespace");
+        return;
+    }
+    for live in ["true", "false"] {
+        let dir = scratch();
+        let machine = guest(dir.path(), GuestKind::Pv, 8);
+        let run = machine.with_extension("run");
+        keys(&run, &[("xsr-live-suspend", live)]);
+        let [mount, length] = ["mount", "length"].map(|name| dir.path().join(name));
+        std::fs::create_dir(&mount).unwrap();
+        let script = r#"
+            mount -t tmpfs -o size=1m none "$MOUNT" && printf begun >"$MOUNT/image" &&
+            "$0" $1 5<&0 6>&1 7>>"$MOUNT/image" </dev/null >/dev/null 2>&1
+            code=$?
+            stat -c %s "$MOUNT/image" >"$LENGTH"
+            exit $code"#;
+        let mut command = Command::new("unshare");
+        command
+            .args(namespace)
+            .args([
+                "sh",
+                "-c",
+                script,
+                env!("CARGO_BIN_EXE_xsr-emu-manager-mock"),
+            ])
+            .arg("-controloutfd 6 -controlinfd 5 -fd 7 -domid 1 -mode save")
+            .env(
+                "XSR_EMU_TEST_BACKEND",
+                format!("mock:{}", machine.display()),
+            )
+            .env("XSR_EMU_TEST_RUN", &run)
+            .env("MOUNT", &mount)
+            .env("LENGTH", &length);
+        let none = std::fs::File::open("/dev/null").unwrap();
+        let mut xenopsd = Xenopsd::spawn(command, none.into());
+        assert!(xenopsd.until("prepare:"), "{:?}", xenopsd.lines);
+        xenopsd.say("done\n");
+        if live == "false" {
+            assert!(xenopsd.until("suspend:"), "{:?}", xenopsd.lines);
+            xenopsd.say("done\n");
+        }
+        xenopsd.end().failed(2, "No space left on device");
+        assert_eq!(shutdown(&machine), None, "{live}");
+        if live == "true" {
+            assert_eq!(std::fs::read_to_string(length).unwrap().trim(), "5");
+        }
+    }
 }
 
 #[test]

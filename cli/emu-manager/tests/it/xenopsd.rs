@@ -195,6 +195,14 @@ impl Xenopsd {
         }
     }
 
+    /// Waits until the emu-manager has read everything that was sent.
+    pub(crate) fn wait_until_heard(&self) {
+        let to = self.to.as_ref().unwrap();
+        while rustix::io::ioctl_fionread(to).unwrap() > 0 {
+            thread::yield_now();
+        }
+    }
+
     /// Closes the pipe for lines from xenopsd.
     pub(crate) fn hang_up(&mut self) {
         self.to = None;
@@ -233,6 +241,8 @@ pub(crate) struct Target {
 
 enum Far {
     File(PathBuf),
+    /// A block device, where the image ends before the device does.
+    Device(PathBuf),
     /// A reader, and the sender that starts it.
     Reader(JoinHandle<Vec<u8>>, Sender<()>),
 }
@@ -256,17 +266,23 @@ impl Target {
                 (to.into(), reader(from.into()))
             }
         };
-        let flags = fcntl(&ours, FcntlArg::F_GETFL).unwrap();
-        let mut target = Self {
-            ours: ours.into(),
-            flags,
-            far,
-        };
-        target.ours.write_all(BEFORE).unwrap();
+        let target = Self::begun(ours.into(), far);
         if read {
             target.read();
         }
         target
+    }
+
+    /// A suspend image on a block device, which xenopsd opens as it does a file.
+    pub(crate) fn on_device(path: &Path) -> Self {
+        let device = File::options().append(true).open(path).unwrap();
+        Self::begun(device, Far::Device(path.to_owned()))
+    }
+
+    fn begun(mut ours: File, far: Far) -> Self {
+        let flags = fcntl(&ours, FcntlArg::F_GETFL).unwrap();
+        ours.write_all(BEFORE).unwrap();
+        Self { ours, flags, far }
     }
 
     /// Starts reading the stream.
@@ -298,9 +314,16 @@ impl Target {
         let flags = fcntl(&self.ours, FcntlArg::F_GETFL).unwrap();
         assert_eq!(flags, self.flags, "its flags are as they were");
         self.read();
+        let end = self.ours.stream_position();
         drop(self.ours);
         match self.far {
             Far::File(path) => fs::read(path).unwrap(),
+            Far::Device(path) => {
+                let mut image = Vec::new();
+                let device = File::open(path).unwrap();
+                device.take(end.unwrap()).read_to_end(&mut image).unwrap();
+                image
+            }
             Far::Reader(thread, _) => thread.join().unwrap(),
         }
     }
@@ -331,14 +354,31 @@ pub(crate) fn libxc(image: &[u8]) -> &[u8] {
     rest.strip_suffix(AFTER).unwrap()
 }
 
+/// The sender of the rest of a stream. Dropping it closes the stream.
+pub(crate) struct Rest {
+    sent: Receiver<()>,
+    go: Sender<()>,
+}
+
+impl Rest {
+    /// Waits until the first part has been sent, or cannot be.
+    pub(crate) fn wait_until_sent(&mut self) {
+        self.sent.recv().ok();
+    }
+
+    pub(crate) fn send_the_rest(self) {
+        self.go.send(()).unwrap();
+    }
+}
+
 /// The source of a restore: its reader gets the first `at_once` of `bytes` at once, and the rest
-/// when the returned sender sends or is dropped. Returns the descriptor to pass on, and the sender.
+/// when the returned sender sends it. Returns the descriptor to pass on, and the sender.
 pub(crate) fn source(
     kind: Kind,
     dir: &Path,
     bytes: Vec<u8>,
     at_once: usize,
-) -> (OwnedFd, Option<Sender<()>>) {
+) -> (OwnedFd, Option<Rest>) {
     let (ours, mut to): (OwnedFd, File) = match kind {
         Kind::File => {
             let path = dir.join("image");
@@ -355,14 +395,18 @@ pub(crate) fn source(
         }
     };
     let (go, gone) = mpsc::channel::<()>();
+    let (has_sent, sent) = mpsc::channel::<()>();
     thread::spawn(move || {
         let (first, rest) = bytes.split_at(at_once.min(bytes.len()));
         // An emu-manager that has failed stops reading.
-        if to.write_all(first).is_ok() && gone.recv().is_ok() {
-            to.write_all(rest).ok();
+        if to.write_all(first).is_ok() {
+            has_sent.send(()).ok();
+            if gone.recv().is_ok() {
+                to.write_all(rest).ok();
+            }
         }
     });
-    (ours, Some(go))
+    (ours, Some(Rest { sent, go }))
 }
 
 /// Opens a file with these flags.
