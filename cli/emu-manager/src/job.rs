@@ -121,7 +121,7 @@ fn save(
         tracing::info!("the guest runs while its memory is written");
         toolstack.live = true;
         let image = disk.image();
-        let failed = match work.to_disk(&mut toolstack, &image, &mut *policy) {
+        let failed = match work.write_image_of(&mut toolstack, &image, &mut *policy) {
             Ok(saved) => {
                 let finished = image.finish(None, &mut || control.cancel().check());
                 let ended = finished.map_err(Error::from);
@@ -155,7 +155,7 @@ fn save(
         true => Some(&mut *policy),
         false => None,
     };
-    let saved = work.to_stream(&mut toolstack, stream, policy)?;
+    let saved = work.write_stream_of(&mut toolstack, stream, policy)?;
     tell(saved, control)?;
     toolstack.complete();
     Ok(())
@@ -208,7 +208,7 @@ impl Work<'_> {
     }
 
     /// Saves into a stream, live if there is a policy.
-    fn to_stream<'t>(
+    fn write_stream_of<'t>(
         &mut self,
         toolstack: &'t mut Saving<'_>,
         stream: OwnedFd,
@@ -232,7 +232,7 @@ impl Work<'_> {
     }
 
     /// Saves into an image with a place for each page, live.
-    fn to_disk<'t>(
+    fn write_image_of<'t>(
         &mut self,
         toolstack: &'t mut Saving<'_>,
         image: &MappedImage<'_>,
