@@ -414,61 +414,6 @@ fn a_file_that_may_not_grow_is_told_and_left_as_it_was() {
     }
 }
 
-/// A file system of 1 MiB.
-#[test]
-fn a_file_system_that_is_full_is_told_and_the_file_left_as_it_was() {
-    let namespace = ["--user", "--map-root-user", "--mount"];
-    let can = Command::new("unshare").args(namespace).arg("true").status();
-    if !can.is_ok_and(|status| status.success()) {
-        eprintln!("NOT RUN: this machine lets no process have a mount namespace");
-        return;
-    }
-    for live in ["true", "false"] {
-        let dir = scratch();
-        let machine = guest(dir.path(), GuestKind::Pv, 8);
-        let run = machine.with_extension("run");
-        keys(&run, &[("xsr-live-suspend", live)]);
-        let [mount, length] = ["mount", "length"].map(|name| dir.path().join(name));
-        std::fs::create_dir(&mount).unwrap();
-        let script = r#"
-            mount -t tmpfs -o size=1m none "$MOUNT" && printf begun >"$MOUNT/image" &&
-            "$0" $1 5<&0 6>&1 7>>"$MOUNT/image" </dev/null >/dev/null 2>&1
-            code=$?
-            stat -c %s "$MOUNT/image" >"$LENGTH"
-            exit $code"#;
-        let mut command = Command::new("unshare");
-        command
-            .args(namespace)
-            .args([
-                "sh",
-                "-c",
-                script,
-                env!("CARGO_BIN_EXE_xsr-emu-manager-mock"),
-            ])
-            .arg("-controloutfd 6 -controlinfd 5 -fd 7 -domid 1 -mode save")
-            .env(
-                "XSR_EMU_TEST_BACKEND",
-                format!("mock:{}", machine.display()),
-            )
-            .env("XSR_EMU_TEST_RUN", &run)
-            .env("MOUNT", &mount)
-            .env("LENGTH", &length);
-        let none = std::fs::File::open("/dev/null").unwrap();
-        let mut xenopsd = Xenopsd::spawn(command, none.into());
-        assert!(xenopsd.until("prepare:"), "{:?}", xenopsd.lines);
-        xenopsd.say("done\n");
-        if live == "false" {
-            assert!(xenopsd.until("suspend:"), "{:?}", xenopsd.lines);
-            xenopsd.say("done\n");
-        }
-        xenopsd.end().failed(2, "No space left on device");
-        assert_eq!(shutdown(&machine), None, "{live}");
-        if live == "true" {
-            assert_eq!(std::fs::read_to_string(length).unwrap().trim(), "5");
-        }
-    }
-}
-
 #[test]
 fn what_cannot_be_saved_is_refused_before_anything_is_asked() {
     let dir = scratch();
