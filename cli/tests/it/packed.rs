@@ -180,8 +180,11 @@ fn an_image_that_cannot_be_decrypted_says_why() {
         &identity(),
     ];
     run([&both[..], &[arg(&packed)]].concat()).code(0);
+    let long = format!("{}#", "#\n".repeat(1 << 19));
     for (text, why) in [
         ("", "has no identity"),
+        // The identity would be beyond what is read.
+        (&long, "is longer than 1 MiB"),
         ("\nAGE-SECRET-KEY-1QQQ\n", "line 2 is not an identity"),
     ] {
         fs::write(&other, text).unwrap();
