@@ -319,8 +319,8 @@ pub(crate) struct RestoreArgs {
     pub(crate) threads: ThreadsArg,
     #[command(flatten)]
     pub(crate) backend: BackendArg,
-    /// Restore even if this host lacks CPU features that the guest has seen, or free memory. The
-    /// guest may crash when it uses such a feature (docs/cpu.md)
+    /// Restore even if this host lacks CPU features that the guest has seen. The guest may crash
+    /// when it uses one (docs/cpu.md)
     #[arg(long)]
     pub(crate) force: bool,
     #[command(flatten)]

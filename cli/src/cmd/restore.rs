@@ -14,11 +14,10 @@ pub(crate) mod survey;
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
-use anyhow::{Context as _, Error, Result, ensure};
+use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
 use xsr_format::detect::Detected;
 use xsr_format::error::ReadErrorCause;
-use xsr_format::frame::PAGE_SIZE;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::walk::{Around, Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
@@ -96,9 +95,6 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         }
         None => Hypervisor::open_or_create(backend, false)?,
     };
-    if !args.force {
-        check_memory(&host, &input, args.lenient).with_context(restoring)?;
-    }
     let new_uuid = image.new_uuid();
     let made = image
         .build(
@@ -128,28 +124,6 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     }
     report(args, terminal, &input, about, started)?;
     Ok(Code::Fine)
-}
-
-/// Refuses a guest for which the host certainly has too little memory, before anything is made. Only
-/// an image whose records can be found quickly is asked for its pages.
-fn check_memory(host: &Hypervisor, input: &Input, lenient: bool) -> Result<()> {
-    if input.length.is_none() || !input.layers().is_empty() {
-        return Ok(());
-    }
-    // An error of the image or of the hypervisor is reported where it matters.
-    let pages = survey::of(&input.again()?, lenient).map(|survey| survey.populated_pages);
-    let (Ok(pages), Ok(has)) = (pages, host.physinfo()) else {
-        return Ok(());
-    };
-    let available = has.available_pages();
-    ensure!(
-        pages <= available,
-        "the guest has {} of memory, and this host has {} free: make room, or try all the same with \
-         --force",
-        size(pages.saturating_mul(PAGE_SIZE as u64)),
-        size(available.saturating_mul(PAGE_SIZE as u64)),
-    );
-    Ok(())
 }
 
 /// Checks that a mapped image is complete: an unfinished one must not become a guest.

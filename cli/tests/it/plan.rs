@@ -3,8 +3,6 @@
 use std::fs;
 use std::path::Path;
 
-use xsr_xen_backend::mock::{HostConfig, MockHost};
-
 use crate::common::{Ran, arg, backend, create, host_with, ran, real_images, run, scratch, xsr};
 
 /// A host's facts, in a file.
@@ -405,28 +403,6 @@ fn disks_are_looked_for_on_this_host() {
     let (here, _) = with(&gone);
     let text = format!("this host does not have {}", arg(&gone));
     assert_eq!(answer(&here.code(1), "disks"), words("no", text));
-}
-
-/// The host would have been full in the middle of the restore.
-#[test]
-fn a_restore_is_refused_where_the_memory_is_too_little() {
-    let dir = scratch();
-    let host = host_with("pvh", dir.path());
-    let image = dir.path().join("web.save");
-    run(["save", &backend(&host), "web", arg(&image)]).code(0);
-    let small = dir.path().join("small");
-    let config = HostConfig {
-        memory_pages: 2 << 10,
-        ..HostConfig::default()
-    };
-    drop(MockHost::create(&small, &config).unwrap());
-    let restore = ["restore", &backend(&small), arg(&image)];
-    let refused = "the guest has 16.0 MiB of memory, and this host has";
-    run(restore).code(1).stderr_has(refused);
-    let forced = run(restore.into_iter().chain(["--force"])).code(1);
-    assert!(!forced.stderr.contains(refused), "{forced:?}");
-    let list = run(["mock", "list", "--json", "--host", arg(&small)]).code(0);
-    assert_eq!(list.json()["domains"], serde_json::json!([]));
 }
 
 /// Hosts that differ in more than features of CPUID.
