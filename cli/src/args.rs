@@ -7,6 +7,7 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::builder::ArgPredicate;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
@@ -274,6 +275,8 @@ pub(crate) struct SaveArgs {
     #[command(flatten)]
     pub(crate) target: TargetArgs,
     #[command(flatten)]
+    pub(crate) suspend: SuspendArgs,
+    #[command(flatten)]
     pub(crate) threads: ThreadsArg,
     #[command(flatten)]
     pub(crate) backend: BackendArg,
@@ -534,6 +537,25 @@ pub(crate) struct ThreadsArg {
     /// Number of threads [default: one per processor]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
+}
+
+/// How long a guest may take to suspend.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct SuspendArgs {
+    /// Give up if the domain has not suspended S seconds after it was asked to: it runs on
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = 60,
+        value_parser = clap::value_parser!(u32).range(1..=3600)
+    )]
+    pub(crate) suspend_timeout: u32,
+}
+
+impl SuspendArgs {
+    pub(crate) fn limit(self) -> Duration {
+        Duration::from_secs(self.suspend_timeout.into())
+    }
 }
 
 /// Where a program can follow what is being done.

@@ -71,6 +71,8 @@ struct Call {
     words: Option<Words>,
     /// The options of a session, for the tunnel that xl runs in place of ssh.
     tunnel: Vec<OsString>,
+    /// The value of `--suspend-timeout`.
+    suspend_timeout: Option<OsString>,
     /// Additional verbosity on stderr.
     verbose: u8,
     quiet: bool,
@@ -128,6 +130,7 @@ impl Xl {
             page_digests,
             packing,
             words,
+            suspend_timeout,
             ..
         } = self.0;
         if !refused.is_empty() {
@@ -142,6 +145,14 @@ impl Xl {
                 );
             }
             return Err(Error::new(BadUsage(why)));
+        }
+        if suspend_timeout.is_some_and(|seconds| seconds != "60") {
+            return Err(Error::new(BadUsage(
+                "--suspend-timeout: libxl gives a domain 60 s to accept the request and 60 s to \
+                 suspend, which cannot be changed: drop it, or give --direct (to work without \
+                 libxl; see --help)"
+                    .to_owned(),
+            )));
         }
         settings.iter().try_for_each(Setting::check)?;
         let saves = words.as_ref().is_some_and(|words| words.command == "save");
@@ -253,6 +264,7 @@ impl Call {
             packing: Vec::new(),
             words: Words::of(name),
             tunnel: Vec::new(),
+            suspend_timeout: None,
             verbose: 0,
             quiet: false,
         };
@@ -298,6 +310,12 @@ impl Call {
                     if let Some(words) = &mut call.words {
                         words.force = true;
                     }
+                }
+                "--suspend-timeout" if matches!(name, "save" | "migrate") => {
+                    call.suspend_timeout = Some(match value {
+                        Some(value) => value.into(),
+                        None => rest.next()?.clone(),
+                    });
                 }
                 "--live" if name == "save" && value.is_none() => call.live = true,
                 "--page-digests" if name == "save" && value.is_none() => call.page_digests = true,

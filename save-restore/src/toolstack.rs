@@ -4,13 +4,16 @@
 //! The contracts are those of libxl's callbacks (`xenguest.h`, `save_callbacks` and
 //! `restore_callbacks`).
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use xsr_format::frame::Gfn;
+use xsr_xen_backend::suspend::{SUSPEND_TIMEOUT, SuspendError, suspend_within};
 use xsr_xen_backend::{BackendError, Domain, ShutdownReason};
 
 use crate::guest::older_policy;
+use crate::progress::{Cancel, Cancelled};
 
 pub use crate::guest::older_policy::OlderGuest;
 
@@ -271,16 +274,34 @@ fn backend(what: &'static str) -> impl Fn(BackendError) -> ToolstackError {
     move |error| ToolstackError::new(what, error)
 }
 
-impl SaveToolstack for DirectToolstack<'_> {
-    fn suspend(&mut self) -> Result<(), ToolstackError> {
-        const WHAT: &str = "suspending the guest";
-        self.0.suspend().map_err(|error| match self.0.info() {
-            Ok(info) if info.paused && info.shutdown.is_none() => ToolstackError::new(
+/// Suspends a guest without a toolstack. It has `limit` for it; `cancel` ends the wait.
+///
+/// # Errors
+///
+/// The guest is paused, or does not suspend ([`SuspendError`]); the cause is [`Cancelled`] if the
+/// wait was ended.
+pub fn suspend_guest(
+    domain: &dyn Domain,
+    limit: Duration,
+    cancel: &Cancel,
+) -> Result<(), ToolstackError> {
+    const WHAT: &str = "suspending the guest";
+    let suspended = suspend_within(domain, limit, &|| cancel.is_cancelled());
+    suspended.map_err(|error| match (error, domain.info()) {
+        (SuspendError::GivenUp, _) => ToolstackError::new(WHAT, io::Error::other(Cancelled)),
+        (SuspendError::Backend(_), Ok(info)) if info.paused && info.shutdown.is_none() => {
+            ToolstackError::new(
                 WHAT,
                 "it is paused, and a paused domain cannot suspend: unpause it first",
-            ),
-            _ => ToolstackError::new(WHAT, error),
-        })
+            )
+        }
+        (error, _) => ToolstackError::new(WHAT, error),
+    })
+}
+
+impl SaveToolstack for DirectToolstack<'_> {
+    fn suspend(&mut self) -> Result<(), ToolstackError> {
+        suspend_guest(self.0, SUSPEND_TIMEOUT, &Cancel::new())
     }
 
     fn resume(&mut self) -> Result<(), ToolstackError> {

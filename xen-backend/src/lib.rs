@@ -40,6 +40,7 @@ pub mod pages;
     reason = "one of the rooms for it: ioctls and what they map"
 )]
 mod privcmd;
+pub mod suspend;
 mod sys;
 mod uuid;
 mod xen;
@@ -50,6 +51,8 @@ use std::fmt;
 #[cfg(feature = "mock")]
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, PageType, Pfn};
+
+use suspend::{SuspendError, Withdrawn};
 
 pub use errno::Errno;
 pub use error::{BackendError, Detail, MapError, PolicyEntry};
@@ -388,10 +391,27 @@ pub trait DomainControl: Send + Sync {
     /// Undo one [`DomainControl::pause`]. EINVAL if the domain is not paused.
     fn unpause(&self) -> Result<(), BackendError>;
 
+    /// Ask the guest to suspend, and return at once. EBUSY if it is already shut down; ETIMEDOUT if
+    /// it cannot answer, because it is paused or has no vcpu online.
+    fn request_suspend(&self) -> Result<(), BackendError>;
+
+    /// Take back a request that the guest has not answered.
+    fn withdraw_suspend(&self) -> Result<Withdrawn, BackendError>;
+
     /// Ask the guest to suspend and wait until it has: afterwards [`DomainControl::info`] shows
-    /// `ShutdownReason::Suspend`. EBUSY if it is already shut down, ETIMEDOUT if it does not
-    /// answer.
-    fn suspend(&self) -> Result<(), BackendError>;
+    /// `ShutdownReason::Suspend`. As [`suspend_within`](suspend::suspend_within) 60 s, with its
+    /// failures as an errno: ECANCELED if it has shut down instead, ETIMEDOUT if it does not
+    /// suspend.
+    fn suspend(&self) -> Result<(), BackendError> {
+        suspend::suspend_within(self, suspend::SUSPEND_TIMEOUT, &|| false).map_err(|error| {
+            let errno = match error {
+                SuspendError::Backend(error) => return error,
+                SuspendError::ShutDown(_) => Errno::ECANCELED,
+                _ => Errno::ETIMEDOUT,
+            };
+            BackendError::host("suspend", errno)
+        })
+    }
 
     /// Resume a suspended domain in place; its suspend call returns "cancelled"
     /// (`XEN_DOMCTL_resumedomain`, cooperative). EINVAL if the domain has not shut down.

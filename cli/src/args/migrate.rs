@@ -9,7 +9,10 @@ use std::str::FromStr;
 
 use clap::Args;
 
-use super::{BackendArg, MemorySize, OfferArgs, ProgressArg, SessionArgs, TargetArgs, ThreadsArg};
+use super::{
+    BackendArg, MemorySize, OfferArgs, ProgressArg, SessionArgs, SuspendArgs, TargetArgs,
+    ThreadsArg,
+};
 
 /// Move a domain to another host, as `xl migrate` does
 ///
@@ -72,6 +75,8 @@ pub(crate) struct MigrateArgs {
         value_parser = clap::value_parser!(u32).range(1..)
     )]
     pub(crate) answer_timeout: u32,
+    #[command(flatten)]
+    pub(crate) suspend: SuspendArgs,
     #[command(flatten)]
     pub(crate) threads: ThreadsArg,
     #[command(flatten)]

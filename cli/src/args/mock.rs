@@ -81,6 +81,9 @@ pub(crate) struct MockCreateArgs {
     /// Seed of the pattern in its memory
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
+    /// The guest does not answer requests to suspend, as one without drivers for Xen
+    #[arg(long)]
+    pub(crate) ignores_suspend: bool,
     #[command(flatten)]
     pub(crate) workload: WorkloadArgs,
     /// Print what was done as JSON (docs/json.md)

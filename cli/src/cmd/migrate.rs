@@ -27,7 +27,7 @@ use crate::args::{Backend, CompressArg, MigrateArgs, SessionArgs};
 use crate::backend::workload;
 use crate::backend::{self, Found, Hypervisor, name_of};
 use crate::cmd::save::direct;
-use crate::cmd::save::{Form, Job, LiveSave, MemoryReport, Written, target_policy};
+use crate::cmd::save::{Form, Job, LiveSave, MemoryReport, Stopping, Written, target_policy};
 use crate::condition::Condition;
 use crate::exit::{self, BadUsage, Code, Migration};
 use crate::left::{self, Left};
@@ -207,9 +207,8 @@ enum Failure {
 
 /// The domain's toolstack. From the moment the domain is suspended, the receiver must read at a
 /// minimum rate.
-#[derive(Debug)]
 struct Paced<'a> {
-    direct: DirectToolstack<'a>,
+    direct: Stopping<'a>,
     pace: &'a Pace,
 }
 
@@ -245,7 +244,11 @@ impl Sender<'_> {
         let interrupt = watch.interrupt().clone();
         let pace = Pace::new(self.answer());
         let mut toolstack = Paced {
-            direct: DirectToolstack(self.domain),
+            direct: Stopping {
+                domain: self.domain,
+                limit: self.args.suspend.limit(),
+                cancel: interrupt.cancel().clone(),
+            },
             pace: &pace,
         };
         let watch = RefCell::new(watch);

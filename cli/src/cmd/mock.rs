@@ -79,6 +79,7 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
         width,
         vcpus: args.vcpus,
         seed: args.seed,
+        ignores_suspend: args.ignores_suspend,
         ..GuestSpec::new(&args.name, kind, kib >> 10)
     };
     // A signal takes effect while the guest is being filled. An incomplete guest is destroyed.

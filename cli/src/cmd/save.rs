@@ -22,7 +22,7 @@ use xsr_save_restore::save::mapped::{MappedImage, MappedOptions};
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_save_restore::storage::onto::OntoWriter;
-use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack};
+use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError, suspend_guest};
 use xsr_save_restore::{Live, SaveError, SaveOptions, SaveRequest, Saved};
 use xsr_xen_backend::Domain;
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
@@ -164,7 +164,11 @@ fn save(
     // From here on a signal breaks off in good order.
     left::guest::leaving(&host, which, &name, None);
     let _working = workload::start(&host, which.domid)?;
-    let mut toolstack = DirectToolstack(&*domain);
+    let mut toolstack = Stopping {
+        domain: &*domain,
+        limit: args.suspend.limit(),
+        cancel: watch.interrupt().cancel().clone(),
+    };
     let job = Job {
         host: &*host,
         which,
@@ -360,6 +364,27 @@ fn aftermath<'a>(
             Some(fate) => Aftermath::of(error, format!("{name} {fate}, {after}")),
             None => Aftermath::of(error, after.clone()),
         }
+    }
+}
+
+/// No toolstack: suspends the guest within a time, or until the command is interrupted.
+pub(crate) struct Stopping<'a> {
+    pub(crate) domain: &'a dyn Domain,
+    pub(crate) limit: Duration,
+    pub(crate) cancel: Cancel,
+}
+
+impl SaveToolstack for Stopping<'_> {
+    fn suspend(&mut self) -> Result<(), ToolstackError> {
+        suspend_guest(self.domain, self.limit, &self.cancel)
+    }
+
+    fn resume(&mut self) -> Result<(), ToolstackError> {
+        DirectToolstack(self.domain).resume()
+    }
+
+    fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError> {
+        DirectToolstack(self.domain).switch_qemu_logdirty(on)
     }
 }
 

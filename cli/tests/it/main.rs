@@ -37,6 +37,7 @@ mod rework;
 mod session;
 mod shown;
 mod signals;
+mod suspend;
 mod terminal;
 mod through_xl;
 mod tunnel;

@@ -251,6 +251,25 @@ fn the_helper_is_told_whether_to_refuse_a_guest() {
         .stderr_has("--force");
 }
 
+/// libxl's own times cannot be changed.
+#[test]
+fn the_time_for_a_suspend_is_libxls() {
+    let _alone = alone();
+    let dir = scratch();
+    script(dir.path(), "#!/bin/sh\necho \"$*\"\n");
+    for words in [["save", "web", "-"], ["migrate", "web", "h"]] {
+        let at = |seconds| {
+            beside(
+                dir.path(),
+                &[&words[..], &["--suspend-timeout", seconds]].concat(),
+            )
+        };
+        ran(at("60")).code(0).stdout_has(words[0]);
+        let refused = ran(at("30")).code(64);
+        refused.stderr_has("libxl gives a domain 60 s to accept the request");
+    }
+}
+
 #[test]
 fn exit_codes_are_ours() {
     let _alone = alone();

@@ -17,6 +17,7 @@ use super::phases::phase;
 use super::state::{Dom, MAX_PFNS, State, Writing};
 use crate::error::{BackendError, MapError};
 use crate::pages::{Access, ForeignPages};
+use crate::suspend::Withdrawn;
 use crate::{
     DomId, Domain, DomainControl, DomainInfo, GuestKind, GuestMemory, GuestRole, ShutdownReason,
     XenVersion,
@@ -43,6 +44,31 @@ impl MockDomain {
             ),
             _ => error,
         }
+    }
+
+    /// Suspend the guest, which a guest without drivers for Xen does only if it is `forced` to.
+    pub(super) fn stop_for_suspend(&self, forced: bool) -> Result<(), BackendError> {
+        phase("suspending");
+        self.catch_up()?;
+        let suspended = self.change("suspend", |state| {
+            if state.record.shutdown.is_some() {
+                return Err(Errno::EBUSY);
+            }
+            let awake = state.record.vcpus.iter().any(|vcpu| vcpu.online);
+            if state.record.pauses > 0 || !awake {
+                return Err(Errno::ETIMEDOUT);
+            }
+            if state.record.ignores_suspend && !forced {
+                return Ok(false);
+            }
+            self.suspend_guest(state)?;
+            state.record.shutdown = Some(ShutdownReason::Suspend);
+            Ok(true)
+        })?;
+        if suspended {
+            phase("suspended");
+        }
+        Ok(())
     }
 
     fn alive(&self) -> Result<(), Errno> {
@@ -300,23 +326,13 @@ impl DomainControl for MockDomain {
         Ok(())
     }
 
-    fn suspend(&self) -> Result<(), BackendError> {
-        phase("suspending");
-        self.catch_up()?;
-        self.change("suspend", |state| {
-            if state.record.shutdown.is_some() {
-                return Err(Errno::EBUSY);
-            }
-            let awake = state.record.vcpus.iter().any(|vcpu| vcpu.online);
-            if state.record.pauses > 0 || !awake {
-                return Err(Errno::ETIMEDOUT);
-            }
-            self.suspend_guest(state)?;
-            state.record.shutdown = Some(ShutdownReason::Suspend);
-            Ok(())
-        })?;
-        phase("suspended");
-        Ok(())
+    fn request_suspend(&self) -> Result<(), BackendError> {
+        self.stop_for_suspend(false)
+    }
+
+    /// A guest of the mock answers at once, or never.
+    fn withdraw_suspend(&self) -> Result<Withdrawn, BackendError> {
+        Ok(Withdrawn::TakenBack)
     }
 
     fn resume(&self) -> Result<(), BackendError> {

@@ -297,7 +297,8 @@ impl Face {
         if shutdown.reason != sys::SHUTDOWN_suspend {
             return Err(Errno::EINVAL);
         }
-        self.domain(shutdown.domain_id)?.suspend().map_err(errno)?;
+        let domain = self.domain(shutdown.domain_id)?;
+        domain.stop_for_suspend(true).map_err(errno)?;
         Ok(0)
     }
 
@@ -413,7 +414,7 @@ impl Hypercalls for Face {
         let node = format!("/local/domain/{}/device/suspend/event-channel", domid.0);
         let offered = self.nodes().map_err(|error| error.errno())?.remove(&node);
         match offered == Some(port.to_string().into_bytes()) {
-            true => self.domain(domid.0)?.suspend().map_err(errno),
+            true => self.domain(domid.0)?.request_suspend().map_err(errno),
             false => Err(Errno::EINVAL),
         }
     }

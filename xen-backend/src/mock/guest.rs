@@ -64,6 +64,9 @@ pub struct GuestSpec {
     pub processes: u64,
     /// The seed of its contents.
     pub seed: u64,
+    /// It does not answer requests to suspend.
+    #[serde(default)]
+    pub ignores_suspend: bool,
 }
 
 impl GuestSpec {
@@ -81,6 +84,7 @@ impl GuestSpec {
             p2m: None,
             processes: 3,
             seed: 1,
+            ignores_suspend: false,
         }
     }
 
@@ -168,6 +172,12 @@ impl MockHost {
         match spec.kind {
             GuestKind::Pv => pv::build(&domain, spec)?,
             GuestKind::Hvm | GuestKind::Pvh => hvm::build(&domain, spec)?,
+        }
+        if spec.ignores_suspend {
+            domain.change("create_guest", |state| {
+                state.record.ignores_suspend = true;
+                Ok(())
+            })?;
         }
         Ok(())
     }

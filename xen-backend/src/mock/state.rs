@@ -72,6 +72,9 @@ pub(super) struct Record {
     pub(super) settings: DomainSettings,
     #[serde(default)]
     pub(super) placement: Placement,
+    /// It does not answer requests to suspend.
+    #[serde(default)]
+    pub(super) ignores_suspend: bool,
 }
 
 /// Where and how much the vcpus of a domain may run. Nothing on the machine depends on it.

@@ -12,6 +12,7 @@ use zerocopy::FromZeros;
 use super::{XenDomain, sys};
 use crate::error::BackendError;
 use crate::privcmd::call::VCPU_CONTEXT;
+use crate::suspend::Withdrawn;
 use crate::{
     DomId, DomainControl, DomainInfo, GuestKind, HvmGuest, PvGuest, ShutdownReason, XenVersion,
 };
@@ -146,8 +147,12 @@ impl DomainControl for XenDomain {
             .map_err(|errno| self.fail("unpausedomain", errno))
     }
 
-    fn suspend(&self) -> Result<(), BackendError> {
+    fn request_suspend(&self) -> Result<(), BackendError> {
         self.ask_to_suspend()
+    }
+
+    fn withdraw_suspend(&self) -> Result<Withdrawn, BackendError> {
+        self.take_back()
     }
 
     fn resume(&self) -> Result<(), BackendError> {

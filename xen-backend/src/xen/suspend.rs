@@ -1,4 +1,4 @@
-//! Suspend requests to a guest, in the way that it supports, and the wait for its answer.
+//! Suspend requests to a guest, in the way that it supports.
 //!
 //! A guest with PV drivers listens to an event channel, if it has published one in xenstore, or
 //! else to `control/shutdown`. A guest without PV drivers cannot be asked: it is stopped from
@@ -6,23 +6,16 @@
 //!
 //! C implementation: `tools/libs/light/libxl_dom_suspend.c`, `tools/libs/guest/xg_suspend.c`.
 
-use std::time::{Duration, Instant};
-
 use crate::Errno;
 use zerocopy::FromZeros;
 
 use super::{XenDomain, sys};
 use crate::error::BackendError;
+use crate::suspend::Withdrawn;
 use crate::xenstore::StoreError;
-use crate::{DomainControl, GuestKind, HvmGuest, ShutdownReason};
+use crate::{DomainControl, GuestKind, HvmGuest};
 
 const OP: &str = "suspend";
-
-/// How long a guest has to accept the request, and then to suspend (libxl's timeout).
-const PATIENCE: Duration = Duration::from_secs(60);
-/// How often to poll, at first and in the end.
-const FIRST_LOOK: Duration = Duration::from_micros(200);
-const LAST_LOOK: Duration = Duration::from_millis(10);
 
 /// The request that a guest reads from `control/shutdown`.
 const REQUEST: &[u8] = b"suspend";
@@ -49,7 +42,7 @@ fn store_errno(error: &StoreError) -> Errno {
 }
 
 impl XenDomain {
-    /// Request a suspend, and wait until it is done.
+    /// Request a suspend.
     pub(super) fn ask_to_suspend(&self) -> Result<(), BackendError> {
         let info = self.info()?;
         if info.shutdown.is_some() {
@@ -65,23 +58,21 @@ impl XenDomain {
         match way {
             Way::Events(port) => {
                 let raw = &self.calls().raw;
-                raw.notify(self.domid, port).map_err(fail)?;
-                self.wait_for_shutdown(None)
+                raw.notify(self.domid, port).map_err(fail)
             }
             Way::Store => {
                 let path = self.node("control/shutdown");
                 let store = &*self.shared.store;
                 let write = store.write(&path, REQUEST);
-                write.map_err(|error| fail(store_errno(&error)))?;
-                self.wait_for_shutdown(Some(&path))
+                write.map_err(|error| fail(store_errno(&error)))
             }
             Way::Remote => {
                 let mut ask = sys::sched_remote_shutdown::new_zeroed();
                 ask.domain_id = self.domid.0;
                 ask.reason = sys::SHUTDOWN_suspend;
                 let (number, cmd) = (sys::__HYPERVISOR_sched_op, sys::SCHEDOP_remote_shutdown);
-                self.calls().with_struct(number, cmd, &ask).map_err(fail)?;
-                self.wait_for_shutdown(None)
+                let stopped = self.calls().with_struct(number, cmd, &ask);
+                stopped.map(drop).map_err(fail)
             }
         }
     }
@@ -122,38 +113,15 @@ impl XenDomain {
         Ok(port.map_or(Way::Store, Way::Events))
     }
 
-    /// Wait until the domain has suspended. If the guest has not even accepted the request at
-    /// `node` in time, the request is withdrawn.
-    fn wait_for_shutdown(&self, node: Option<&str>) -> Result<(), BackendError> {
-        let (mut deadline, mut look) = (Instant::now() + PATIENCE, FIRST_LOOK);
-        let mut taken = node.is_none();
-        loop {
-            match self.info()?.shutdown {
-                Some(ShutdownReason::Suspend) => return Ok(()),
-                Some(reason) => {
-                    tracing::error!(domid = %self.domid, ?reason, "it shut down instead");
-                    return Err(self.fail(OP, Errno::ECANCELED));
-                }
-                None => {}
-            }
-            if Instant::now() > deadline {
-                match node.filter(|_| !taken) {
-                    Some(node) if !self.take_back(node)? => {
-                        // The guest accepted it at the last moment.
-                        taken = true;
-                        deadline = Instant::now() + PATIENCE;
-                    }
-                    _ => return Err(self.fail(OP, Errno::ETIMEDOUT)),
-                }
-            }
-            std::thread::sleep(look);
-            look = (look * 2).min(LAST_LOOK);
+    /// Withdraw the request.
+    pub(super) fn take_back(&self) -> Result<Withdrawn, BackendError> {
+        let node = self.node("control/shutdown");
+        // A guest accepts a request by clearing the node.
+        let exchanged = self.shared.store.exchange(&node, REQUEST, NOTHING);
+        match exchanged.map_err(|error| self.fail(OP, store_errno(&error)))? {
+            true => Ok(Withdrawn::TakenBack),
+            false if self.way()? == Way::Store => Ok(Withdrawn::Accepted),
+            false => Ok(Withdrawn::Sent),
         }
-    }
-
-    /// Withdraw the request; false if the guest has already accepted it.
-    fn take_back(&self, node: &str) -> Result<bool, BackendError> {
-        let exchanged = self.shared.store.exchange(node, REQUEST, NOTHING);
-        exchanged.map_err(|error| self.fail(OP, store_errno(&error)))
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use xsr_format::frame::{Gfn, Mfn, PageType};
+use xsr_xen_backend::suspend::Withdrawn;
 use xsr_xen_backend::{
     Access, BackendError, CpuPolicy, DirtyBitmap, DirtyRead, DirtyStats, DomId, Domain,
     DomainControl, DomainInfo, Errno, ForeignPages, GuestMemory, GuestRole, HvmGuest, LogDirty,
@@ -333,8 +334,11 @@ impl DomainControl for Faulty {
     fn unpause(&self) -> Result<(), BackendError> {
         self.call("unpause", |d| d.unpause())
     }
-    fn suspend(&self) -> Result<(), BackendError> {
-        self.call("suspend", |d| d.suspend())
+    fn request_suspend(&self) -> Result<(), BackendError> {
+        self.call("suspend", |d| d.request_suspend())
+    }
+    fn withdraw_suspend(&self) -> Result<Withdrawn, BackendError> {
+        self.call("withdraw_suspend", |d| d.withdraw_suspend())
     }
     fn resume(&self) -> Result<(), BackendError> {
         self.call("resume", |d| d.resume())

@@ -128,7 +128,8 @@ impl Xenstore for Face {
         // unchanged.
         if let Some(guest) = guest
             && value == b"suspend"
-            && guest.suspend().is_ok()
+            && guest.request_suspend().is_ok()
+            && guest.info().is_ok_and(|info| info.shutdown.is_some())
         {
             set(b"")?;
         }
