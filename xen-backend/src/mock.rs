@@ -580,6 +580,7 @@ impl Host for MockHost {
                     hvm_params,
                     settings: settings.clone(),
                     placement: Placement::default(),
+                    ignores_suspend: false,
                 };
                 (record, blobs)
             });
