@@ -520,11 +520,19 @@ fn memory(needs: &Needs, host: &HostFacts) -> Check {
             Answer::Yes,
             format!("{needs}; {} MiB are free{claimed}", available / 256),
         ),
-        false => (
+        false if needed > host.physinfo.total_pages => (
             Answer::No,
             format!(
-                "{needs}, but only {} MiB are free{claimed}; a toolstack may take more from the \
-                 control domain, if it is set to",
+                "{needs}, and the host has only {} MiB in all",
+                host.physinfo.total_pages / 256
+            ),
+        ),
+        // libxl takes it from the control domain, unless that has a fixed size.
+        false => (
+            Answer::Warning,
+            format!(
+                "{needs}, and only {} MiB are free{claimed}: the rest must come from the control \
+                 domain or from other domains",
                 available / 256
             ),
         ),

@@ -53,7 +53,15 @@ pub(crate) fn run(args: &PlanArgs, terminal: &Terminal) -> Result<Code> {
             .with_context(|| format!("there is no file {}", shown_path(path)))?,
     };
     let host = match args.on.as_deref() {
-        None => this_host(&args.backend.backend)?,
+        None => {
+            let mut host = this_host(&args.backend.backend)?;
+            if planned.is_domain {
+                // It does not come back beside itself.
+                let free = &mut host.facts.physinfo.free_pages;
+                *free = free.saturating_add(planned.needs.pages + planned.needs.overhead_pages());
+            }
+            host
+        }
         Some(on) => match Path::new(on) {
             // The name of a host has no slash.
             path if on.contains('/') || path.exists() && !path.is_dir() => facts::read(path)?,
@@ -102,6 +110,9 @@ fn open(backend: &Backend) -> Result<(Hypervisor, String)> {
 
 /// The facts of another host, by running this command there.
 fn ask(args: &PlanArgs, on: &str) -> Result<Named> {
+    if on.is_empty() {
+        return Err(Error::new(BadUsage("--on: expected a host".to_owned())));
+    }
     if on.starts_with('-') {
         return Err(option_of(on, &args.ssh));
     }

@@ -108,6 +108,7 @@ fn a_host_that_is_too_small_or_runs_no_such_guests() {
     let mut document: serde_json::Value =
         serde_json::from_slice(&fs::read(&here).unwrap()).unwrap();
     document["free_pages"] = 100.into();
+    document["total_pages"] = 200.into();
     document["runs_hvm"] = false.into();
     document["hvm"] = serde_json::Value::Null;
     fs::write(&here, document.to_string()).unwrap();
@@ -120,8 +121,10 @@ fn a_host_that_is_too_small_or_runs_no_such_guests() {
     );
     let (no, text) = answer(&ran, "memory");
     assert_eq!(no, "no");
-    assert!(text.contains("only 0 MiB are free"), "{text}");
+    assert!(text.contains("the host has only 0 MiB in all"), "{text}");
     assert_eq!(answer(&ran, "cpu").0, "unknown");
+    let plan = ["plan", "web", &backend(&host), "--on", ""];
+    run(plan).code(64).stderr_has("--on: expected a host");
 }
 
 #[test]

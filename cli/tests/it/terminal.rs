@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use crate::common::migration::{Hosts, Running, until};
@@ -59,10 +60,11 @@ fn a_person_sees_progress_and_what_was_done() {
 }
 
 /// The output on a terminal with this many columns, with each redrawn line separate.
+/// `input` writes to its stdin, and can wait until a word has been shown.
 fn drawn(
     columns: u16,
     args: &[&str],
-    input: impl FnOnce(Option<std::process::ChildStdin>),
+    input: impl FnOnce(std::process::ChildStdin, &dyn Fn(&str)),
 ) -> Vec<String> {
     let size = nix::pty::Winsize {
         ws_row: 24,
@@ -79,17 +81,21 @@ fn drawn(
         .spawn()
         .unwrap();
     let mut terminal = File::from(pty.master);
+    let shown = Arc::new(Mutex::new(Vec::new()));
+    let all = Arc::clone(&shown);
     let reader = thread::spawn(move || {
-        let mut shown = Vec::new();
         let mut room = [0; 4096];
         while let Ok(n @ 1..) = terminal.read(&mut room) {
-            shown.extend_from_slice(&room[..n]);
+            all.lock().unwrap().extend_from_slice(&room[..n]);
         }
-        String::from_utf8_lossy(&shown).into_owned()
     });
-    input(child.stdin.take());
+    let text = || String::from_utf8_lossy(&shown.lock().unwrap()).into_owned();
+    input(child.stdin.take().unwrap(), &|word| {
+        until(word, || text().contains(word));
+    });
     assert_eq!(child.wait().unwrap().code(), Some(0));
-    let shown = reader.join().unwrap();
+    reader.join().unwrap();
+    let shown = text();
     // Only carriage returns and complete lines: no escape sequence moves up.
     assert!(!shown.contains("\u{1b}[1A"), "{shown:?}");
     // A line is padded with spaces up to the terminal's width.
@@ -111,7 +117,7 @@ fn progress_is_by_bytes_and_fits_the_terminal() {
         let lines = drawn(
             columns,
             &["save", "--live", "-c", &backend(&host), "web", arg(&image)],
-            drop,
+            |stdin, _| drop(stdin),
         );
         let bars: Vec<_> = lines.iter().filter(|line| line.contains('%')).collect();
         assert!(!bars.is_empty(), "{lines:?}");
@@ -137,15 +143,15 @@ fn a_conversion_that_takes_long_shows_how_far_it_is() {
     let dir = scratch();
     let out = dir.path().join("o.save");
     let whole = std::fs::read(crate::common::image("tpv")).unwrap();
-    let lines = drawn(80, &["convert", "-", "-o", arg(&out)], |stdin| {
-        let mut stdin = stdin.unwrap();
-        stdin.write_all(&whole[..2 << 20]).unwrap();
-        // Longer than the second before it draws.
-        let (_ending, ended) = std::sync::mpsc::channel::<()>();
-        let waited = ended.recv_timeout(std::time::Duration::from_millis(1400));
-        assert!(waited.is_err());
-        stdin.write_all(&whole[2 << 20..]).unwrap();
-    });
+    let lines = drawn(
+        80,
+        &["convert", "-", "-o", arg(&out)],
+        |mut stdin, wait_for| {
+            stdin.write_all(&whole[..2 << 20]).unwrap();
+            wait_for("converting");
+            stdin.write_all(&whole[2 << 20..]).unwrap();
+        },
+    );
     assert!(
         lines
             .iter()
@@ -180,13 +186,9 @@ fn unpacking_that_takes_long_shows_how_far_it_is() {
         &["inspect", "--page", "0", "-"],
     ];
     for command in commands {
-        let lines = drawn(80, command, |stdin| {
-            let mut stdin = stdin.unwrap();
+        let lines = drawn(80, command, |mut stdin, wait_for| {
             stdin.write_all(&whole[..whole.len() / 2]).unwrap();
-            // Longer than the second before it draws.
-            let (_ending, ended) = std::sync::mpsc::channel::<()>();
-            let waited = ended.recv_timeout(std::time::Duration::from_millis(1400));
-            assert!(waited.is_err());
+            wait_for("unpacking");
             stdin.write_all(&whole[whole.len() / 2..]).unwrap();
         });
         let bars = lines.iter().filter(|line| line.contains("unpacking"));
