@@ -320,8 +320,12 @@ impl Coming<'_, '_> {
         Err(failed(match (arrived.end, self.about) {
             (ReceiverEnd::Runs { told: true }, Some(about)) => return Ok(about),
             (ReceiverEnd::Runs { .. }, about) => {
+                let state = match self.receiver.args.paused {
+                    true => "is paused here",
+                    false => "started here",
+                };
                 let words = format!(
-                    "{name} has been received and started here, but the sender could not be told: \
+                    "{name} has been received and {state}, but the sender could not be told: \
                      {untold}; destroy what it has left, {name}--migratedaway"
                 );
                 match about {

@@ -16,7 +16,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use xsr_save_restore::migrate::connection::{Connection as _, Stage, Wait};
 use xsr_save_restore::migrate::session::{Session, SessionRequest};
 use xsr_save_restore::progress::Cancel;
@@ -83,6 +83,10 @@ fn near(args: &TunnelArgs, terminal: &Terminal) -> Result<Code> {
     // The other end is told when a signal ends this one.
     Left::work().until_the_end();
     let interrupt = Interrupt::of_process()?;
+    ensure!(
+        !xsr_stdio::stdout_was_closed(),
+        "stdout is closed: what the command writes would be lost"
+    );
     let command = args.command.join(" ");
     let tunnel = {
         let suit = |request| suited(request, &command);

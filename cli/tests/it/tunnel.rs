@@ -544,7 +544,8 @@ fn a_tunnel_that_is_lost_after_the_image_leaves_the_domain_at_one_end() {
     for moment in MOMENTS {
         let hosts = Arc::new(Hosts::with("pvh", &[]));
         let (network, relay) = cut_at(&hosts, moment, true);
-        let options = ["--reconnect", "1"];
+        // On a busy machine the other end may be silent for long before the cut.
+        let options = ["--reconnect", "8"];
         let ran = run(migrate(&hosts, &network, &options));
         let what = format!("{moment:?}: {}", ran.stderr);
         assert!(relay.over.load(Ordering::Relaxed), "it was cut: {what}");
@@ -577,7 +578,8 @@ fn a_tunnel_that_is_lost_after_the_image_leaves_the_domain_at_one_end() {
         }
         codes.push(ran.code);
     }
-    assert_eq!(codes, [1, 1, 3, 3]);
+    // The third cut may come before "go" is sent.
+    assert!(matches!(codes[..], [1, 1, 1 | 3, 3]), "{codes:?}");
 }
 
 /// The same cuts, and the links return: "go" and the report arrive.

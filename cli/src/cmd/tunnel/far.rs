@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use xsr_save_restore::migrate::connection::{Connection as _, Wait};
+use xsr_save_restore::migrate::connection::{Connection as _, Delivery, Wait};
 use xsr_save_restore::migrate::session::Session;
 use xsr_save_restore::progress::{Cancel, Cancelled};
 use xsr_save_restore::sink::FdSink;
@@ -26,6 +26,9 @@ use crate::xl::child;
 
 /// How often to look whether the session is lost or a signal has come, while COMMAND runs.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// How often to look whether the last of what COMMAND wrote has arrived.
+const DELIVERED: Duration = Duration::from_millis(10);
 
 /// How long this end waits for what others do.
 #[derive(Clone, Copy, Debug)]
@@ -102,10 +105,21 @@ impl Far {
             }
         };
         match &ended {
-            Ok(_) => self.session.close(),
+            Ok(_) => {
+                self.wait_for_delivery();
+                self.session.close();
+            }
             Err(_) => give_up(&self.session),
         }
         ended
+    }
+
+    /// Waits until the other end has all that was written. Links that are lost now may return as
+    /// they may before, and the session's own limit ends that.
+    fn wait_for_delivery(&self) {
+        while self.session.delivery() == Delivery::Pending && !self.asked.is_cancelled() {
+            std::thread::sleep(DELIVERED);
+        }
     }
 
     fn start(&self, mut command: Command) -> Result<Threads> {
