@@ -398,10 +398,8 @@ pub trait DomainControl: Send + Sync {
     /// Take back a request that the guest has not answered.
     fn withdraw_suspend(&self) -> Result<Withdrawn, BackendError>;
 
-    /// Ask the guest to suspend and wait until it has: afterwards [`DomainControl::info`] shows
-    /// `ShutdownReason::Suspend`. As [`suspend_within`](suspend::suspend_within) 60 s, with its
-    /// failures as an errno: ECANCELED if it has shut down instead, ETIMEDOUT if it does not
-    /// suspend.
+    /// As [`suspend_within`](suspend::suspend_within) 60 s, with its failures as an errno: ECANCELED
+    /// if the guest has shut down instead, ETIMEDOUT if it does not suspend.
     fn suspend(&self) -> Result<(), BackendError> {
         suspend::suspend_within(self, suspend::SUSPEND_TIMEOUT, &|| false).map_err(|error| {
             let errno = match error {

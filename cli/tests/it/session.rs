@@ -73,11 +73,8 @@ fn a_session_keeps_to_its_bandwidth_and_says_what_it_carries() {
     assert!(whole["limited_by"].is_string(), "{whole}");
     assert!(whole["wire_bytes"].as_u64().unwrap() > 8 << 20, "{whole}");
     let lines = ran.stderr.lines().filter(|line| line.starts_with('{'));
-    let lines = lines.map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    let last = lines
-        .filter(|line| line["event"] == "progress")
-        .last()
-        .unwrap();
+    let mut lines = lines.map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let last = lines.rfind(|line| line["event"] == "progress").unwrap();
     assert!(
         last["session"]["wire_bytes_per_second"].as_f64().unwrap() > 0.0,
         "{last}"

@@ -1,4 +1,4 @@
-//! A guest that does not answer a request to suspend: it runs on, whoever ends the wait.
+//! A guest that does not answer a request to suspend: it runs on, and the wait ends at a limit or a signal.
 
 use std::time::{Duration, Instant};
 
