@@ -542,7 +542,7 @@ pub(crate) struct ThreadsArg {
 /// How long a guest may take to suspend.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct SuspendArgs {
-    /// Give up if the domain has not suspended S seconds after it was asked to: it runs on
+    /// Give up if the domain has not answered S seconds after it was asked to suspend: it runs on
     #[arg(
         long,
         value_name = "S",

@@ -93,7 +93,8 @@ impl Condition {
             ),
             Self::Suspended => format!(
                 "it is suspended already: by a save or migration that is under way, or by one \
-                 that was killed; after the latter `{}`",
+                 that was killed; after the latter `{}`, but after `remus` only if the other host \
+                 does not run it",
                 command("resume")
             ),
             Self::Down(reason) => format!(

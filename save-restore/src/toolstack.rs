@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use xsr_format::frame::Gfn;
 use xsr_xen_backend::suspend::{SUSPEND_TIMEOUT, SuspendError, suspend_within};
-use xsr_xen_backend::{BackendError, Domain, ShutdownReason};
+use xsr_xen_backend::{BackendError, Domain, Errno, ShutdownReason};
 
 use crate::guest::older_policy;
 use crate::progress::{Cancel, Cancelled};
@@ -289,7 +289,8 @@ pub fn suspend_guest(
     let suspended = suspend_within(domain, limit, &|| cancel.is_cancelled());
     suspended.map_err(|error| match (error, domain.info()) {
         (SuspendError::GivenUp, _) => ToolstackError::new(WHAT, io::Error::other(Cancelled)),
-        (SuspendError::Backend(_), Ok(info)) if info.paused && info.shutdown.is_none() => {
+        // It was, or has been meanwhile.
+        (error, Ok(info)) if info.paused && info.shutdown.is_none() && is_silence(&error) => {
             ToolstackError::new(
                 WHAT,
                 "it is paused, and a paused domain cannot suspend: unpause it first",
@@ -297,6 +298,15 @@ pub fn suspend_guest(
         }
         (error, _) => ToolstackError::new(WHAT, error),
     })
+}
+
+/// Whether the guest has not answered.
+fn is_silence(error: &SuspendError) -> bool {
+    match error {
+        SuspendError::Unanswered(_) => true,
+        SuspendError::Backend(error) => error.errno == Errno::ETIMEDOUT,
+        _ => false,
+    }
 }
 
 impl SaveToolstack for DirectToolstack<'_> {

@@ -41,22 +41,22 @@ pub enum SuspendError {
         .0.as_secs()
     )]
     Unanswered(Duration),
-    /// It has accepted the request, or was sent an event, and has suspended neither within this
-    /// time nor within the same again. It may still do so.
+    /// It has accepted the request, or was told to suspend in a way that cannot be taken back, and
+    /// has not suspended within this time after that. It may still do so.
     #[error(
-        "the guest {} and has not suspended within two times {} s: it may still do so, and must \
-         then be resumed",
+        "the guest {} and has not suspended within {} s more: it may still do so, and must then be \
+         resumed",
         match .accepted {
             true => "has accepted the request to suspend",
-            false => "was sent the event to suspend",
+            false => "was told to suspend",
         },
-        .limit.as_secs()
+        .waited.as_secs()
     )]
     Pending {
         /// Whether it has read the request from xenstore.
         accepted: bool,
-        /// The time that it had.
-        limit: Duration,
+        /// The time that it had after the limit.
+        waited: Duration,
     },
     /// It has suspended, but only after this time, and was resumed.
     #[error("the guest has suspended only after {:.1} s, and was resumed", .0.as_secs_f64())]
@@ -70,8 +70,10 @@ pub enum SuspendError {
 /// shows `ShutdownReason::Suspend`. `has_given_up` is asked about every 10 ms.
 ///
 /// A request in xenstore is taken back at the limit; a guest that has accepted it by then has
-/// `limit` again (C: `libxl_dom_suspend.c`, twice 60 s). An event cannot be taken back: this then
-/// stays for `limit` again, and resumes a guest that suspends late.
+/// `limit` again, and 60 s at least (C: `libxl_dom_suspend.c`, twice 60 s): it will suspend, and
+/// must not do so when nothing is there to resume it. An event cannot be taken back: this waits for
+/// the same time again, and resumes a guest that suspends late. If the caller has given up, these
+/// are 60 s.
 ///
 /// ```
 /// use std::time::Duration;
@@ -101,9 +103,29 @@ pub fn suspend_within<D: DomainControl + ?Sized>(
     limit: Duration,
     has_given_up: &dyn Fn() -> bool,
 ) -> Result<(), SuspendError> {
+    let more = |given_up| match given_up {
+        true => SUSPEND_TIMEOUT,
+        false => limit.max(SUSPEND_TIMEOUT),
+    };
+    suspend(domain, limit, &more, has_given_up)
+}
+
+/// The same; `more` is the time for a guest whose request cannot be taken back.
+fn suspend<D: DomainControl + ?Sized>(
+    domain: &D,
+    limit: Duration,
+    more: &dyn Fn(bool) -> Duration,
+    has_given_up: &dyn Fn() -> bool,
+) -> Result<(), SuspendError> {
     domain.request_suspend()?;
     let asked = Instant::now();
-    let given_up = match wait(domain, limit, has_given_up)? {
+    let waited = wait(domain, limit, has_given_up);
+    if waited.is_err()
+        && let Err(error) = domain.withdraw_suspend()
+    {
+        tracing::debug!(%error, "the guest's request to suspend was not taken back");
+    }
+    let given_up = match waited? {
         Waited::Suspended => return Ok(()),
         Waited::TooLong => false,
         Waited::GivenUp => true,
@@ -114,7 +136,8 @@ pub fn suspend_within<D: DomainControl + ?Sized>(
         Withdrawn::Accepted => true,
         Withdrawn::Sent => false,
     };
-    match wait(domain, limit, &|| false)? {
+    let waited = more(given_up);
+    match wait(domain, waited, &|| false)? {
         // It had accepted the request at the last moment.
         Waited::Suspended if accepted && !given_up => Ok(()),
         Waited::Suspended => {
@@ -124,7 +147,7 @@ pub fn suspend_within<D: DomainControl + ?Sized>(
                 false => SuspendError::Late(asked.elapsed()),
             })
         }
-        Waited::TooLong | Waited::GivenUp => Err(SuspendError::Pending { accepted, limit }),
+        Waited::TooLong | Waited::GivenUp => Err(SuspendError::Pending { accepted, waited }),
     }
 }
 
@@ -227,7 +250,7 @@ mod tests {
         }
     }
 
-    /// So many looks are far less than an hour, and more than none.
+    /// Never over in a test.
     const LONG: Duration = Duration::from_secs(3600);
     const SHORT: Duration = Duration::from_millis(30);
 
@@ -252,8 +275,8 @@ mod tests {
 
     #[test]
     fn a_guest_that_suspends_late_is_resumed_unless_it_had_accepted() {
-        // The limit is over at once, and the guest suspends at the third look.
-        let late = |withdrawn| Guest::new(3, withdrawn);
+        // The guest suspends when it is looked at first after the limit.
+        let late = |withdrawn| Guest::new(2, withdrawn);
         let patient = |guest: &Guest, given_up: bool| {
             let asked = Cell::new(false);
             suspend_within(guest, SHORT, &|| {
@@ -283,7 +306,7 @@ mod tests {
     fn a_guest_that_never_suspends_is_said_to_be_able_to() {
         for (withdrawn, expected) in [(Withdrawn::Accepted, true), (Withdrawn::Sent, false)] {
             let guest = Guest::new(u32::MAX, withdrawn);
-            let error = suspend_within(&guest, SHORT, &|| false);
+            let error = suspend(&guest, SHORT, &|_| SHORT, &|| false);
             let Err(SuspendError::Pending { accepted, .. }) = error else {
                 panic!("{error:?}");
             };

@@ -25,6 +25,7 @@ use crate::disk::Disk;
 use crate::line::Line;
 use crate::platform::Platform;
 use crate::progress::Percent;
+use crate::stream;
 use crate::toolstack::{Restoring, Saving};
 
 /// Does the work in `args`, and tells xenopsd the result.
@@ -94,8 +95,13 @@ fn save(
         logging: false,
         guest: backend.stand_in(args.domid)?,
     };
-    let compress = args.compress && platform.compress()?;
+    // Whatever reads a suspend image later must be able to.
+    let is_migration = stream::waits(&stream)?;
+    let compress = args.compress && is_migration && platform.compress()?;
     match (args.compress, compress) {
+        (true, false) if !is_migration => {
+            tracing::info!("the stream is not compressed: it is a suspend image");
+        }
         (true, true) => tracing::info!("the stream is compressed: the other end must run xsr"),
         (true, false) => {
             tracing::info!("the stream is not compressed: platform:xsr-compress is not true");

@@ -41,8 +41,9 @@ impl Settings {
         };
         let mut values = BTreeMap::new();
         for (number, line) in (1..).zip(text.lines()) {
-            let line = line.trim();
-            if line.is_empty() || line.starts_with('#') {
+            // No value contains a `#`.
+            let line = line.split('#').next().unwrap_or_default().trim();
+            if line.is_empty() {
                 continue;
             }
             match line
@@ -53,7 +54,7 @@ impl Settings {
                     values.insert(key.to_owned(), value.to_owned());
                 }
                 _ => tracing::warn!(
-                    "line {number} of {} is ignored: expected one of {} and =",
+                    "line {number} of {} is ignored: expected KEY = VALUE with one of the keys {}",
                     path.display(),
                     KEYS.join(", ")
                 ),
@@ -98,7 +99,7 @@ mod tests {
     #[test]
     fn the_last_line_of_a_setting_counts_and_what_is_not_understood_does_not() {
         let settings = read(
-            b"# xsr-max-downtime = 1\n\nxsr-max-downtime=5\r\n xsr-max-downtime = 100 \n\
+            b"# xsr-max-downtime = 1\n\nxsr-max-downtime=5\r\n xsr-max-downtime = 100 # ms\n\
               xsr-live-suspend =\ntea = 2\nxsr-live-suspend\n[section]\n",
         );
         assert_eq!(settings.get("xsr-max-downtime"), Some("100"));

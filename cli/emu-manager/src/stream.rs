@@ -18,12 +18,9 @@ use xsr_save_restore::inherited::inherited_stream;
 /// The descriptor is not open, or not in the right mode.
 pub(crate) fn open(fd: i32, save: bool) -> Result<OwnedFd> {
     let stream = inherited_stream(fd).with_context(|| format!("-fd {fd}"))?;
-    let mode = fstat(&stream)?.st_mode;
-    let kind = SFlag::from_bits_truncate(mode) & SFlag::S_IFMT;
     let flags = OFlag::from_bits_retain(fcntl(&stream, FcntlArg::F_GETFL)?);
     let access = flags & OFlag::O_ACCMODE;
-    let waits = kind == SFlag::S_IFSOCK || kind == SFlag::S_IFIFO;
-    if !waits && access != OFlag::O_RDONLY && !flags.contains(OFlag::O_APPEND) {
+    if !waits(&stream)? && access != OFlag::O_RDONLY && !flags.contains(OFlag::O_APPEND) {
         bail!("-fd {fd} is open for writing without O_APPEND");
     }
     match (save, access) {
@@ -32,4 +29,14 @@ pub(crate) fn open(fd: i32, save: bool) -> Result<OwnedFd> {
         _ => {}
     }
     Ok(stream)
+}
+
+/// Whether it is a pipe or socket, which xenopsd opens for a migration, and not an image.
+///
+/// # Errors
+///
+/// Its type could not be determined.
+pub(crate) fn waits(stream: &OwnedFd) -> Result<bool> {
+    let kind = SFlag::from_bits_truncate(fstat(stream)?.st_mode) & SFlag::S_IFMT;
+    Ok(kind == SFlag::S_IFSOCK || kind == SFlag::S_IFIFO)
 }

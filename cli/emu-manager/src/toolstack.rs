@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use xsr_format::frame::Gfn;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::text::chain;
@@ -167,12 +167,14 @@ pub(crate) fn undo_save(args: &Args, live: bool, suspended: bool, open: Open) ->
         None => Ok(()),
     };
     if live {
-        domain
-            .disable_log_dirty()
-            .context("switching the dirty log off")?;
-        if let Some(qmp) = &qmp {
-            qmp::switch_dirty_log(qmp, false, Limits::BRIEF, &Cancel::new())
-                .context("switching qemu's dirty log off")?;
+        // Both are tried, and the guest's state is what counts.
+        if let Err(error) = domain.disable_log_dirty() {
+            tracing::warn!("switching the dirty log off: {error}");
+        }
+        if let Some(qmp) = &qmp
+            && let Err(error) = qmp::switch_dirty_log(qmp, false, Limits::BRIEF, &Cancel::new())
+        {
+            tracing::warn!("switching qemu's dirty log off: {error}");
         }
     }
     resumed

@@ -14,8 +14,11 @@ use super::BackendArg;
 /// DOMAIN--migratedaway is therefore refused: look at the other host first, and rename the domain
 /// only if that one does not have it (docs/migration.md).
 ///
+/// A domain that Remus protects keeps its name: after a `remus` that was killed, resume the domain
+/// only if the other host does not run it.
+///
 /// On a Xen host, --direct resumes PV and PVH domains, also those that xl has made. A domain with a
-/// device model is libxl's to resume: `xl resume` of Xen 4.20 and newer does so.
+/// device model is resumed by `xl resume` of Xen 4.20 and newer.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

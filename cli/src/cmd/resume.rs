@@ -17,8 +17,9 @@ use crate::terminal::Terminal;
 
 /// Resumes a domain.
 ///
-/// A domain that another command works on, that may run on another host, or that is not suspended
-/// is refused, and is unchanged.
+/// A domain that another command works on, whose name says that it may run on another host, or that
+/// is not suspended is refused, and is unchanged. A domain that Remus protects keeps its name: if
+/// `remus` was killed, only the user can know that the other host does not run it.
 pub(crate) fn run(args: &ResumeArgs, terminal: &Terminal) -> Result<Code> {
     let backend = &args.backend.backend;
     if !args.direct && matches!(backend, Backend::Auto | Backend::Xen) {
@@ -40,7 +41,7 @@ fn resume(args: &ResumeArgs, host: &Hypervisor, found: &Found) -> Result<()> {
     let command = |verb: &str, rest: &str| domain_command(backend, verb, rest);
     if args.direct && host.check(found.domain)?.kind == GuestKind::Hvm {
         bail!(
-            "it has a device model, which is libxl's to resume: `xl resume {name}` (Xen 4.20 and \
+            "it has a device model, which only libxl resumes: `xl resume {name}` (Xen 4.20 and \
              newer)"
         );
     }

@@ -160,7 +160,10 @@ impl DomainControl for XenDomain {
         match self.info()?.shutdown {
             // Xen itself does not refuse this.
             None => return Err(self.fail(OP, Errno::EINVAL)),
-            Some(ShutdownReason::Suspend) => self.cancel_suspend()?,
+            Some(ShutdownReason::Suspend) => {
+                self.forget_request();
+                self.cancel_suspend()?;
+            }
             Some(_) => {}
         }
         self.calls()

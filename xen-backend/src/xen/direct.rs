@@ -219,17 +219,21 @@ impl XenHost {
     }
 
     /// Whether another domain has the node below `/vm`, too: a copy of this one, of a migration to
-    /// this same host, has the same UUID.
+    /// this same host, has the same UUID. A node of which that is not known stays.
     fn is_shared(&self, path: &str, domid: DomId) -> bool {
         let xenstore = &*self.shared.store;
-        let domains = xenstore.list("/local/domain").unwrap_or_default();
+        let Ok(domains) = xenstore.list("/local/domain") else {
+            return true;
+        };
         domains
             .iter()
             .filter(|other| **other != domid.0.to_string())
-            .any(|other| {
-                let found = xenstore.read(&format!("/local/domain/{other}/vm"));
-                matches!(found, Ok(Some(found)) if found == path.as_bytes())
-            })
+            .any(
+                |other| match xenstore.read(&format!("/local/domain/{other}/vm")) {
+                    Ok(found) => found.is_some_and(|found| found == path.as_bytes()),
+                    Err(_) => true,
+                },
+            )
     }
 
     /// Removes a domain's nodes in xenstore: those that [`XenHost::connect`] made, and those that

@@ -113,6 +113,14 @@ impl XenDomain {
         Ok(port.map_or(Way::Store, Way::Events))
     }
 
+    /// Withdraw a request that a guest which is about to be resumed has not read: it would suspend
+    /// again because of it.
+    pub(super) fn forget_request(&self) {
+        if let Err(error) = self.take_back() {
+            tracing::warn!(%error, "the guest may suspend once more");
+        }
+    }
+
     /// Withdraw the request.
     pub(super) fn take_back(&self) -> Result<Withdrawn, BackendError> {
         let node = self.node("control/shutdown");
@@ -120,7 +128,7 @@ impl XenDomain {
         let exchanged = self.shared.store.exchange(&node, REQUEST, NOTHING);
         match exchanged.map_err(|error| self.fail(OP, store_errno(&error)))? {
             true => Ok(Withdrawn::TakenBack),
-            false if self.way()? == Way::Store => Ok(Withdrawn::Accepted),
+            false if matches!(self.way(), Ok(Way::Store)) => Ok(Withdrawn::Accepted),
             false => Ok(Withdrawn::Sent),
         }
     }

@@ -85,6 +85,24 @@ fn a_live_save_sends_memory_before_the_guest_is_suspended() {
     }
 }
 
+/// What reads a suspend image later may be another program.
+#[test]
+fn a_suspend_image_is_not_compressed() {
+    let (kind, width) = KINDS[0];
+    let dir = scratch();
+    let machine = guest(dir.path(), kind, width);
+    let wanted = [("xsr-compress", "true"), ("xsr-live-suspend", "false")];
+    keys(&machine.with_extension("run"), &wanted);
+    let mut target = Target::new(Kind::File, dir.path(), true);
+    let words = format!("{} -compress true", mode(kind));
+    let mut xenopsd = Xenopsd::start(&machine, &words, target.fd());
+    play(&mut xenopsd, &mut target);
+    let ended = xenopsd.wait();
+    assert_eq!(ended.succeeded(), "0 0");
+    let image = target.image();
+    assert!(libxc(&image) == by_the_engine(kind, width), "{ended:?}");
+}
+
 /// A migration between two hosts that run this program: smaller, and the same guest.
 #[test]
 fn a_migration_may_be_compressed_if_the_key_says_that_the_other_end_is_ours() {

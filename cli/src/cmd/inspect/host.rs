@@ -100,7 +100,7 @@ const fn gives(name: &'static str) -> Key {
 }
 
 /// The keys of libxl's JSON.
-const KEYS: [Key; 45] = [
+const KEYS: [Key; 46] = [
     key("device_model", "runs", Risk::Program),
     key("bootloader", "runs", Risk::Program),
     key("script", "runs", Risk::Script),
@@ -130,6 +130,7 @@ const KEYS: [Key; 45] = [
     reads("acpi_firmware"),
     reads("bios_firmware"),
     reads("device_tree"),
+    reads("pvshim_path"),
     reads("keymap"),
     reads("xauthority"),
     opens("pdev_path"),
@@ -147,6 +148,11 @@ const KEYS: [Key; 45] = [
     gives("ioports"),
     gives("irqs"),
 ];
+
+/// The beginning of the keys of a network device under COLO. libxl makes options of the device model
+/// from all of them, whether COLO is used or not.
+const COLO: &str = "colo_";
+const NIC: Key = commas("colo_*");
 
 /// Something that the host does because a configuration says so.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -245,8 +251,12 @@ impl<'de> Visitor<'de> for Place<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some(name) = map.next_key::<String>()? {
+            // libxl compares C strings.
+            let name = name.split('\0').next().unwrap_or_default();
             let mut known = KEYS.iter().filter(|key| key.name == name);
             let key = known.find(|key| self.is_below(key.section));
+            let key =
+                key.or_else(|| (self.is_below("nics") && name.starts_with(COLO)).then_some(&NIC));
             let dot = if self.path.is_empty() { "" } else { "." };
             let name: String = name.chars().take(LONGEST_KEY).collect();
             map.next_value_seed(Place {
@@ -334,7 +344,8 @@ mod tests {
                 "u": null
             },
             "disks": [ { "script": "block-a" }, { "pdev_path": "/d", "script": "block-b" } ],
-            "nics": [ { "script": "/etc/vif", "script": "/tmp/vif" } ]
+            "nics": [ { "script": "/etc/vif", "script": "/tmp/vif" } ],
+            "b_info\u0000x": { "device_model\u0000y": "/tmp/hidden" }
         }"#;
         let expected = [
             ("b_info.device_model", "runs", "/tmp/qemu"),
@@ -356,6 +367,7 @@ mod tests {
             ("disks[1].script", "runs", "block-b"),
             ("nics[0].script", "runs", "/etc/vif"),
             ("nics[0].script", "runs", "/tmp/vif"),
+            ("b_info.device_model", "runs", "/tmp/hidden"),
         ];
         let expected = expected.map(|(field, what, value)| (field.into(), what, value.into()));
         assert_eq!(found(json), expected);
