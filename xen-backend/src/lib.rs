@@ -391,9 +391,9 @@ pub trait DomainControl: Send + Sync {
     /// Undo one [`DomainControl::pause`]. EINVAL if the domain is not paused.
     fn unpause(&self) -> Result<(), BackendError>;
 
-    /// Ask the guest to suspend, and return at once. EBUSY if it is already shut down; ETIMEDOUT if
-    /// it cannot answer, because it is paused or has no vcpu online.
-    fn request_suspend(&self) -> Result<(), BackendError>;
+    /// Ask the guest to suspend, and return at once: whether it has suspended already. EBUSY if it is
+    /// already shut down; ETIMEDOUT if it cannot answer, because it is paused or has no vcpu online.
+    fn request_suspend(&self) -> Result<bool, BackendError>;
 
     /// Take back a request that the guest has not answered.
     fn withdraw_suspend(&self) -> Result<Withdrawn, BackendError>;

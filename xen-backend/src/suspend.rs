@@ -117,8 +117,11 @@ fn suspend<D: DomainControl + ?Sized>(
     more: &dyn Fn(bool) -> Duration,
     has_given_up: &dyn Fn() -> bool,
 ) -> Result<(), SuspendError> {
-    domain.request_suspend()?;
     let asked = Instant::now();
+    if domain.request_suspend()? {
+        // Another program may resume it at any time, which is not for this one to wait for.
+        return Ok(());
+    }
     let waited = wait(domain, limit, has_given_up);
     if waited.is_err()
         && let Err(error) = domain.withdraw_suspend()
@@ -233,8 +236,8 @@ mod tests {
         fn unpause(&self) -> Result<(), BackendError> {
             self.inner.unpause()
         }
-        fn request_suspend(&self) -> Result<(), BackendError> {
-            Ok(())
+        fn request_suspend(&self) -> Result<bool, BackendError> {
+            Ok(false)
         }
         fn withdraw_suspend(&self) -> Result<Withdrawn, BackendError> {
             Ok(self.withdrawn)

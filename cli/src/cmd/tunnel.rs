@@ -12,6 +12,7 @@ mod frames;
 
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
@@ -146,6 +147,7 @@ fn deliver(session: &Session, stdout: File, orders: &Orders, cancel: &Cancel) ->
     let mut hearing = Hearing::new(session, Wait::forever().unless(cancel));
     let stdout = FdSink::cancellable(stdout, cancel.clone()).context("stdout")?;
     let mut stdout = Some(stdout);
+    let messages = Messages::start(cancel)?;
     loop {
         match hearing.next()? {
             Frame::Data(bytes) => {
@@ -161,11 +163,61 @@ fn deliver(session: &Session, stdout: File, orders: &Orders, cancel: &Cancel) ->
                 }
             }
             Frame::End => stdout = None,
-            // The messages are lost if stderr is closed.
-            Frame::Errors(bytes) => drop(io::stderr().write_all(bytes)),
+            Frame::Errors(bytes) => messages.show(bytes),
             Frame::Unread => orders.refused(),
             Frame::Exit(code) => return Ok(code),
         }
+    }
+}
+
+/// Writes COMMAND's messages to stderr in a thread: a terminal that takes nothing, for example, does
+/// not hold up what COMMAND says on stdout. Dropping this waits a little for the last of them.
+struct Messages {
+    tell: Option<SyncSender<Vec<u8>>>,
+    ended: Receiver<()>,
+}
+
+impl Messages {
+    /// As many frames of messages may wait; then the tunnel waits, as ssh does.
+    const WAITING: usize = 32;
+
+    /// How long the last messages are waited for.
+    const LAST: Duration = Duration::from_millis(400);
+
+    fn start(cancel: &Cancel) -> Result<Self> {
+        let (tell, told) = mpsc::sync_channel::<Vec<u8>>(Self::WAITING);
+        let (ends, ended) = mpsc::sync_channel(0);
+        // It may be a socket or pipe that does not block, with ssh beside this process.
+        let stderr = FdSink::cancellable(io::stderr(), cancel.clone()).context("stderr")?;
+        spawn("tunnel-errors", move || {
+            let mut stderr = Some(stderr);
+            for bytes in told {
+                let written = stderr.as_mut().map(|to| to.write_all(&bytes));
+                if let Some(Err(error)) = written {
+                    // The messages are lost, and nothing depends on them.
+                    tracing::debug!(%error, "stderr takes nothing more");
+                    stderr = None;
+                }
+            }
+            drop(ends);
+        })?;
+        let tell = Some(tell);
+        Ok(Self { tell, ended })
+    }
+
+    fn show(&self, bytes: &[u8]) {
+        if let Some(tell) = &self.tell {
+            // Fails only if the thread has panicked.
+            tell.send(bytes.to_vec()).ok();
+        }
+    }
+}
+
+impl Drop for Messages {
+    fn drop(&mut self) {
+        self.tell = None;
+        // The thread ends, or the time is over.
+        self.ended.recv_timeout(Self::LAST).ok();
     }
 }
 

@@ -2,7 +2,7 @@
 //! migrate` in place of xl: it runs the command that `-s` names as xl does, and says the same.
 
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
@@ -273,6 +273,35 @@ fn a_stdout_that_does_not_block_is_waited_for() {
         from.read_to_end(&mut passed).unwrap();
     });
     assert!(passed == bytes, "{} bytes", passed.len());
+    assert_eq!(tunnel.wait().unwrap().code(), Some(0));
+}
+
+/// The same for stderr. What the command says on stdout does not wait for it.
+#[test]
+fn a_stderr_that_does_not_block_is_waited_for() {
+    let network = Network::new();
+    let (mut from, to) = UnixStream::pair().unwrap();
+    to.set_nonblocking(true).unwrap();
+    let fifo = network.fifo();
+    let does = format!(
+        "head -c 1000000 /dev/zero >&2; echo said; cat {}",
+        fifo.display()
+    );
+    let mut command = network.tunnel(&[], &does);
+    command.stderr(OwnedFd::from(to.try_clone().unwrap()));
+    let mut tunnel = command.spawn().unwrap();
+    drop(command);
+    until("the socket is full", || {
+        let mut room = [PollFd::new(to.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut room, 0_u8).unwrap() == 0
+    });
+    drop(to);
+    let mut said = String::new();
+    let mut stdout = BufReader::new(tunnel.stdout.take().unwrap());
+    stdout.read_line(&mut said).unwrap();
+    assert_eq!(said, "said\n");
+    from.read_exact(&mut vec![0; 1_000_000]).unwrap();
+    fs::write(&fifo, "").unwrap();
     assert_eq!(tunnel.wait().unwrap().code(), Some(0));
 }
 

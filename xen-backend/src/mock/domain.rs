@@ -46,8 +46,9 @@ impl MockDomain {
         }
     }
 
-    /// Suspend the guest, which a guest without drivers for Xen does only if it is `forced` to.
-    pub(super) fn stop_for_suspend(&self, forced: bool) -> Result<(), BackendError> {
+    /// Suspend the guest, which a guest without drivers for Xen does only if it is `forced` to. Returns
+    /// whether it has.
+    pub(super) fn stop_for_suspend(&self, forced: bool) -> Result<bool, BackendError> {
         phase("suspending");
         self.catch_up()?;
         let suspended = self.change("suspend", |state| {
@@ -68,7 +69,7 @@ impl MockDomain {
         if suspended {
             phase("suspended");
         }
-        Ok(())
+        Ok(suspended)
     }
 
     fn alive(&self) -> Result<(), Errno> {
@@ -326,7 +327,7 @@ impl DomainControl for MockDomain {
         Ok(())
     }
 
-    fn request_suspend(&self) -> Result<(), BackendError> {
+    fn request_suspend(&self) -> Result<bool, BackendError> {
         self.stop_for_suspend(false)
     }
 

@@ -414,7 +414,10 @@ impl Hypercalls for Face {
         let node = format!("/local/domain/{}/device/suspend/event-channel", domid.0);
         let offered = self.nodes().map_err(|error| error.errno())?.remove(&node);
         match offered == Some(port.to_string().into_bytes()) {
-            true => self.domain(domid.0)?.request_suspend().map_err(errno),
+            true => {
+                let domain = self.domain(domid.0)?;
+                domain.request_suspend().map(drop).map_err(errno)
+            }
             false => Err(Errno::EINVAL),
         }
     }

@@ -147,8 +147,8 @@ impl DomainControl for XenDomain {
             .map_err(|errno| self.fail("unpausedomain", errno))
     }
 
-    fn request_suspend(&self) -> Result<(), BackendError> {
-        self.ask_to_suspend()
+    fn request_suspend(&self) -> Result<bool, BackendError> {
+        self.ask_to_suspend().map(|()| false)
     }
 
     fn withdraw_suspend(&self) -> Result<Withdrawn, BackendError> {

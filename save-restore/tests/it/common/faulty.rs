@@ -334,7 +334,7 @@ impl DomainControl for Faulty {
     fn unpause(&self) -> Result<(), BackendError> {
         self.call("unpause", |d| d.unpause())
     }
-    fn request_suspend(&self) -> Result<(), BackendError> {
+    fn request_suspend(&self) -> Result<bool, BackendError> {
         self.call("suspend", |d| d.request_suspend())
     }
     fn withdraw_suspend(&self) -> Result<Withdrawn, BackendError> {
