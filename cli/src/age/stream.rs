@@ -118,14 +118,15 @@ pub(crate) struct Decrypted<R> {
     state: State,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum State {
     /// Pieces may follow.
     Reading,
     /// The piece is the last.
     Over,
-    /// A piece could not be read. What follows would no longer be the contents in order.
-    Failed,
+    /// A piece could not be read. What follows would no longer be the contents in order. The file
+    /// is to blame, if that is known.
+    Failed(Option<AgeError>),
 }
 
 impl<R: BufRead> Decrypted<R> {
@@ -151,8 +152,12 @@ impl<R: BufRead> Decrypted<R> {
     fn next(&mut self) -> io::Result<()> {
         self.piece.clear();
         self.from = 0;
-        self.state = State::Failed;
-        let (plain, state) = self.read_piece()?;
+        self.state = State::Failed(None);
+        let read = self.read_piece();
+        if let Err(error) = &read {
+            self.state = State::Failed(super::error_in(error).cloned());
+        }
+        let (plain, state) = read?;
         self.piece = plain;
         self.counter.0 += 1;
         self.state = state;
@@ -216,10 +221,12 @@ impl<R: BufRead> Read for Decrypted<R> {
             return Ok(0);
         }
         if self.from == self.piece.len() {
-            match self.state {
+            match &self.state {
                 State::Reading => self.next()?,
                 State::Over => return Ok(0),
-                State::Failed => {
+                // As often as it is read.
+                State::Failed(Some(error)) => return Err(error.clone().into()),
+                State::Failed(None) => {
                     let why = "an earlier part of the encrypted data could not be read";
                     return Err(io::Error::other(why));
                 }
