@@ -223,7 +223,10 @@ mod tests {
         };
         for (condition, command) in [
             (Condition::Paused, format!("`xl unpause {number}`")),
-            (Condition::Suspended, format!("`xl destroy {number}`")),
+            (
+                Condition::Suspended,
+                format!("`xsr resume --direct {number}`"),
+            ),
         ] {
             let said = state(condition);
             assert!(said.starts_with(&name) && said.contains(&command), "{said}");
